@@ -1,0 +1,79 @@
+#include "graph/runner.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "graph/fusion.h"
+
+namespace modeltorch {
+
+GraphRunner::GraphRunner(Graph graph, std::vector<Rows> input_rows, Device device)
+    : graph_(std::move(graph)), input_rows_(std::move(input_rows)), device_(device) {
+  fuse(graph_, device.type);
+}
+
+void GraphRunner::bind_weights(std::vector<TensorView> weights) {
+  weights_ = std::move(weights);
+  plans_.clear();
+  ++version_;
+}
+
+void GraphRunner::bind_caches(std::vector<TensorView> caches) {
+  const bool same = std::equal(caches.begin(), caches.end(), caches_.begin(), caches_.end(),
+                               [](const TensorView& a, const TensorView& b) {
+                                 return a.dtype == b.dtype && a.dims == b.dims;
+                               });
+  if (!same) plans_.clear();
+  caches_ = std::move(caches);
+  ++version_;
+}
+
+Plan& GraphRunner::plan_for(const Bucket& bucket, const Bindings& bindings) {
+  const auto found = std::find_if(plans_.begin(), plans_.end(),
+                                  [&](const Plan& plan) { return plan.bucket() == bucket; });
+  if (found != plans_.end()) {
+    plans_.splice(plans_.begin(), plans_, found);
+    return plans_.front();
+  }
+  plans_.emplace_front(graph_, bucket, bindings, input_rows_, device_);
+  const auto nodes = static_cast<int64_t>(graph_.nodes.size());
+  counters_.shape_inferences += nodes;
+  counters_.kernel_setups += nodes;
+  ++counters_.plans_built;
+  if (plans_.size() > kMaxPlans) {
+    plans_.pop_back();
+    ++counters_.plans_evicted;
+  }
+  return plans_.front();
+}
+
+void GraphRunner::run(std::span<const TensorView> inputs, std::span<const TensorView> outputs,
+                      const StepInfo& step, Arena& arena, void* stream) {
+  const Bindings bindings{inputs, weights_, caches_, outputs};
+  const Bucket bucket{bucket_size(step.tokens), bucket_size(step.sequences), bucket_size(step.logit_rows)};
+  Plan& plan = plan_for(bucket, bindings);
+  if (plan.bound_version() != version_) plan.bind_persistent(bindings, version_);
+  plan.run(bindings, step, arena.reserve(plan.arena_bytes()), stream);
+  ++counters_.executions;
+}
+
+bool GraphRunner::reads_input(int32_t slot) const {
+  for (size_t id = 0; id < graph_.values.size(); ++id) {
+    const ValueInfo& info = graph_.values[id];
+    if (info.kind == ValueKind::kInput && info.slot == slot) {
+      return !graph_.consumers({static_cast<int32_t>(id)}).empty();
+    }
+  }
+  return false;
+}
+
+std::string GraphRunner::describe() const {
+  if (!plans_.empty()) return plans_.front().describe();
+  std::string text = "no step has run yet: shapes and the memory plan are unknown\n";
+  for (const Node& node : graph_.nodes) {
+    text += node.name + " = " + std::string(node.operation->name()) + "\n";
+  }
+  return text;
+}
+
+}  // namespace modeltorch

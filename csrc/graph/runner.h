@@ -1,0 +1,73 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <list>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/device.h"
+#include "graph/graph.h"
+#include "graph/plan.h"
+
+namespace modeltorch {
+
+/// Memory for intermediates, as large as the largest plan of an object.
+class Arena {
+ public:
+  virtual ~Arena() = default;
+
+  /// Returns at least `bytes` of device memory; the former memory may be dropped. Allocates only to grow.
+  virtual std::byte* reserve(size_t bytes) = 0;
+};
+
+/// What a runner has done; tests read it to prove what a step does not do.
+struct Counters {
+  int64_t executions = 0;
+  int64_t shape_inferences = 0;  ///< nodes whose infer_shape ran
+  int64_t kernel_setups = 0;
+  int64_t plans_built = 0;
+  int64_t plans_evicted = 0;
+};
+
+/// Runs one graph on one device: keeps its plans, binds its tensors.
+class GraphRunner {
+ public:
+  static constexpr size_t kMaxPlans = 64;
+
+  /// Fuses `graph` for `device`. `input_rows` says which count each input's dimension 0 follows.
+  GraphRunner(Graph graph, std::vector<Rows> input_rows, Device device);
+
+  /// Replaces the weights: plans are dropped, since kernels may depend on them.
+  void bind_weights(std::vector<TensorView> weights);
+
+  /// Replaces the caches; plans stay if no shape or dtype changed.
+  void bind_caches(std::vector<TensorView> caches);
+
+  /// One step. Throws Error naming the node; the runner stays usable.
+  void run(std::span<const TensorView> inputs, std::span<const TensorView> outputs, const StepInfo& step,
+           Arena& arena, void* stream);
+
+  /// True if some node reads the input.
+  bool reads_input(int32_t slot) const;
+
+  const Counters& counters() const { return counters_; }
+  size_t plan_count() const { return plans_.size(); }
+  std::string describe() const;
+
+ private:
+  Plan& plan_for(const Bucket& bucket, const Bindings& bindings);
+
+  Graph graph_;
+  std::vector<Rows> input_rows_;
+  Device device_;
+  std::vector<TensorView> weights_;
+  std::vector<TensorView> caches_;
+  int64_t version_ = 0;             ///< grows with every binding of weights or caches
+  std::list<Plan> plans_;           ///< most recently used first
+  Counters counters_;
+};
+
+}  // namespace modeltorch

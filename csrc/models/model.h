@@ -1,0 +1,85 @@
+#pragma once
+
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/device.h"
+#include "core/tensor_view.h"
+#include "graph/graph.h"
+#include "graph/kernel.h"
+
+namespace modeltorch {
+
+/// A tensor as a caller hands it over, before anything is known of its fitness.
+struct GivenTensor {
+  TensorView view;
+  Device device;
+  bool contiguous = true;
+};
+
+/// One size of a weight: a number, or a name for a size that the weights themselves decide ("vocab").
+struct WeightDim {
+  std::string symbol;
+  int64_t size = -1;
+};
+
+/// What the weight list must hold in one slot. A loader reads it as data: see weight_spec() of the class.
+struct WeightSpec {
+  std::string name;        ///< "layers.3.attn.q.weight"
+  int64_t slot = 0;        ///< index in the list of set_weight
+  std::vector<WeightDim> shape;
+  std::string dtype;       ///< "bfloat16", or "float" for the other types that a model may have
+  std::string checkpoint;  ///< tensor of a Hugging Face checkpoint, several joined by '+' along dimension 0
+  std::string shard;       ///< how tensor parallelism splits it: "none", "heads", "kv_heads", "rows", "columns"
+};
+
+/// One call of execute after the door: inputs in the graph's order, counts and lengths.
+struct Step {
+  StepInfo info;
+  std::vector<TensorView> inputs;
+};
+
+/// An architecture behind torch.classes.ModelTorch.ModelTorch. One object is one phase (prefill or decode) with one
+/// set of parameters; it holds descriptions, never tensors. Derive from it and REGISTER_MODEL to add one.
+class Model {
+ public:
+  virtual ~Model() = default;
+
+  /// The name in errors and logs.
+  virtual std::string name() const = 0;
+
+  /// Length of the weight list.
+  virtual int64_t weight_count() const = 0;
+
+  /// The slots in use, in order of slots. Slots that are not listed are never read.
+  virtual std::vector<WeightSpec> weight_specs() const = 0;
+
+  /// Checks the whole list and remembers the sizes that it decides. Throws Error and changes nothing on a fault.
+  virtual void accept_weights(std::span<const GivenTensor> weights) = 0;
+
+  /// Number of key caches, and of value caches.
+  virtual int64_t cache_count() const = 0;
+
+  /// Checks the caches and remembers their sizes. May come before or after accept_weights.
+  virtual void accept_caches(std::span<const GivenTensor> keys, std::span<const GivenTensor> values) = 0;
+
+  /// The device that the weights lie on.
+  virtual Device device() const = 0;
+
+  /// The step's graph. Weights use the slots of the weight list, caches 2 * layer (key) and 2 * layer + 1 (value).
+  virtual Graph build_graph() const = 0;
+
+  /// Which count the first dimension of each graph input follows.
+  virtual std::vector<Rows> input_rows() const = 0;
+
+  /// Checks the inputs of one call against its parameters and against each other, and puts them in graph order.
+  virtual Step prepare(std::span<const GivenTensor> inputs, const nlohmann::json& parameters) const = 0;
+
+  /// What execute returns for a step.
+  virtual std::vector<TensorDesc> output_descs(const StepInfo& step) const = 0;
+};
+
+}  // namespace modeltorch

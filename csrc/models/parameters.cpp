@@ -1,0 +1,127 @@
+#include "models/parameters.h"
+
+#include <algorithm>
+
+#include "core/check.h"
+#include "core/warn.h"
+
+namespace modeltorch {
+namespace {
+
+using nlohmann::json;
+
+constexpr int kMaxJsonDepth = 32;  // mapping, the deepest key, has 3
+constexpr const char* kTypeNames[] = {"a boolean", "a whole number", "a number", "a string", "an array", "an object"};
+
+bool has_type(const json& value, KeyType type) {
+  switch (type) {
+    case KeyType::kBool:
+      return value.is_boolean();
+    case KeyType::kInteger:
+      return value.is_number_integer();
+    case KeyType::kNumber:
+      return value.is_number();
+    case KeyType::kString:
+      return value.is_string();
+    case KeyType::kArray:
+      return value.is_array();
+    default:
+      return value.is_object();
+  }
+}
+
+// A value for a message: never longer than a line.
+std::string shown(const json& value) {
+  constexpr size_t kLongest = 60;
+  std::string text = value.dump(-1, ' ', true, json::error_handler_t::replace);
+  if (text.size() > kLongest) text = text.substr(0, kLongest) + "...";
+  return text;
+}
+
+void resolve_alias(json& object, const KeyRule& rule) {
+  const auto found = object.find(rule.key);
+  if (rule.policy != KeyPolicy::kAlias || found == object.end()) return;
+  check(!object.contains(rule.only) || object[rule.only] == *found, "parameters ", rule.key, " and ", rule.only,
+        " mean the same, got ", shown(*found), " and ", shown(object[rule.only]));
+  const json value = *found;
+  object[rule.only] = value;
+}
+
+void apply_rule(const json& object, const KeyRule& rule) {
+  const auto found = object.find(rule.key);
+  if (found == object.end()) {
+    const bool required = rule.policy == KeyPolicy::kRequired || rule.policy == KeyPolicy::kRequiredOnly;
+    check(!required, "parameter ", rule.key, " is required (",
+          kTypeNames[static_cast<int>(rule.type)], ") and missing");
+    return;
+  }
+  check(has_type(*found, rule.type), "parameter ", rule.key, " must be ", kTypeNames[static_cast<int>(rule.type)],
+        ", got ", shown(*found));
+  const bool limited = rule.policy == KeyPolicy::kOnly || rule.policy == KeyPolicy::kRequiredOnly;
+  if (limited && *found != json::parse(rule.only)) {
+    fail(ErrorKind::kNotImplemented, "parameter ", rule.key, " = ", shown(*found), " asks for ", rule.asks,
+         ", which is not built; only ", rule.only, " is");
+  }
+}
+
+void warn_of_unknown(const json& object, std::span<const KeyRule> rules) {
+  std::string unknown;
+  for (const auto& item : object.items()) {
+    const bool known =
+        std::any_of(rules.begin(), rules.end(), [&](const KeyRule& rule) { return rule.key == item.key(); });
+    if (!known) unknown += (unknown.empty() ? "" : ", ") + item.key();
+  }
+  if (!unknown.empty()) warn("set_param ignores unknown parameters: " + unknown);
+}
+
+}  // namespace
+
+json parse_object(const std::string& text, std::string_view what) {
+  check(!text.empty(), what, " must be a JSON object, got an empty string");
+  check(text.size() <= kMaxJsonLength, what, " must be at most ", kMaxJsonLength, " characters long, got ",
+        text.size());
+  bool too_deep = false;
+  const auto watch_depth = [&](int depth, json::parse_event_t, json&) {
+    too_deep = too_deep || depth > kMaxJsonDepth;
+    return !too_deep;
+  };
+  const json object = json::parse(text, watch_depth, false);
+  check(!too_deep, what, " must not nest deeper than ", kMaxJsonDepth, " levels");
+  check(!object.is_discarded(), what, " must be a JSON object, got invalid JSON: ", text.substr(0, 60));
+  check(object.is_object(), what, " must be a JSON object, got ", shown(object));
+  return object;
+}
+
+Parameters::Parameters(const std::string& text, std::span<const KeyRule> rules)
+    : json_(parse_object(text, "the parameter of set_param")) {
+  for (const KeyRule& rule : rules) resolve_alias(json_, rule);
+  for (const KeyRule& rule : rules) apply_rule(json_, rule);
+  warn_of_unknown(json_, rules);
+}
+
+int64_t Parameters::positive(const char* key) const {
+  const int64_t value = json_.at(key).get<int64_t>();
+  check(value > 0, "parameter ", key, " must be at least 1, got ", value);
+  return value;
+}
+
+std::vector<std::vector<int64_t>> Parameters::table(const char* key, int64_t rows, int64_t columns) const {
+  std::vector<std::vector<int64_t>> numbers;
+  const auto found = json_.find(key);
+  if (found == json_.end() || found->empty()) return numbers;
+  check(static_cast<int64_t>(found->size()) == rows, "parameter ", key, " must have ", rows,
+        " rows (one a layer), got ", found->size());
+  for (const json& row : *found) {
+    check(row.is_array() && static_cast<int64_t>(row.size()) == columns, "parameter ", key, " must have rows of ",
+          columns, " entries, got ", shown(row));
+    std::vector<int64_t>& line = numbers.emplace_back();
+    for (const json& entry : row) {
+      check(entry.is_number_integer() || entry.is_boolean(), "parameter ", key,
+            " must hold whole numbers or booleans, got ", shown(entry));
+      line.push_back(entry.is_boolean() ? static_cast<int64_t>(entry.get<bool>()) : entry.get<int64_t>());
+    }
+  }
+  return numbers;
+}
+
+}  // namespace modeltorch

@@ -1,0 +1,222 @@
+// Qwen2 and Qwen2.5, dense: the graph of one step, and the names it is registered under.
+
+#include <cmath>
+
+#include "core/check.h"
+#include "models/decoder_contract.h"
+#include "models/decoder_parameters.h"
+#include "models/decoder_weights.h"
+#include "models/model.h"
+#include "models/registry.h"
+#include "ops/add.h"
+#include "ops/gather_rows.h"
+#include "ops/linear.h"
+#include "ops/paged_attention.h"
+#include "ops/reshape_and_cache.h"
+#include "ops/rms_norm.h"
+#include "ops/rope.h"
+#include "ops/self_attention.h"
+#include "ops/split_qkv.h"
+#include "ops/swiglu.h"
+
+namespace modeltorch {
+namespace qwen {
+
+/// Qwen2 and Qwen2.5, dense, paged attention over unpadded tokens (Hugging Face modeling_qwen2.py).
+///
+/// hidden = embedding[ids]
+/// per layer: hidden += o(attention(rope(qkv(norm(hidden))))); hidden += down(swiglu(gate_up(norm(hidden))))
+/// logits = lm_head(norm(hidden[rows]))
+///
+/// | tensor | shape            | dtype         |
+/// |--------|------------------|---------------|
+/// | inputs | DecoderInput     |               |
+/// | logits | [rows, vocab]    | model dtype   |
+class QwenModel : public Model {
+ public:
+  QwenModel(DecoderParameters parameters, const InputOrder& order)
+      : parameters_(std::move(parameters)), order_(order), weights_(parameters_.shape) {}
+
+  std::string name() const override {
+    return parameters_.is_prefill ? "DecoderModel_Prefill" : "DecoderModel_Decoder";
+  }
+  int64_t weight_count() const override { return weights_.count(); }
+  std::vector<WeightSpec> weight_specs() const override { return weights_.specs(parameters_.packing); }
+  void accept_weights(std::span<const GivenTensor> weights) override;
+  int64_t cache_count() const override { return parameters_.shape.layers; }
+  void accept_caches(std::span<const GivenTensor> keys, std::span<const GivenTensor> values) override;
+  Device device() const override { return resolved_.device; }
+  Graph build_graph() const override;
+  std::vector<Rows> input_rows() const override { return decoder_input_rows(); }
+  Step prepare(std::span<const GivenTensor> inputs, const nlohmann::json& parameters) const override;
+  std::vector<TensorDesc> output_descs(const StepInfo& step) const override;
+
+ private:
+  std::vector<LayerPacking> packing_of(std::span<const GivenTensor> weights) const;
+
+  DecoderParameters parameters_;
+  const InputOrder& order_;
+  DecoderWeights weights_;
+  ResolvedWeights resolved_;
+  TensorDesc cache_;
+};
+
+std::vector<LayerPacking> QwenModel::packing_of(std::span<const GivenTensor> weights) const {
+  std::vector<LayerPacking> packing = parameters_.packing;
+  if (!parameters_.packing_follows_weights) return packing;
+  for (int64_t layer = 0; layer < parameters_.shape.layers; ++layer) {
+    packing[layer].qkv_packed = weights_.is_placeholder(weights, layer, DecoderWeights::kKeySlot);
+    packing[layer].gate_up_packed = weights_.is_placeholder(weights, layer, DecoderWeights::kUpSlot);
+  }
+  return packing;
+}
+
+void QwenModel::accept_weights(std::span<const GivenTensor> weights) {
+  std::vector<LayerPacking> packing = packing_of(weights);
+  ResolvedWeights resolved = resolve_weights(weights_.specs(packing), weights);
+  const bool is_bfloat16 = resolved.dtype == DType::kBFloat16;
+  check(is_bfloat16 == parameters_.shape.is_bfloat16, "the weights are ", resolved.dtype, ", but isBF16 is ",
+        parameters_.shape.is_bfloat16 ? "true" : "false");
+  const int64_t hidden = resolved.sizes.at("hidden");
+  check(parameters_.expected_hidden == 0 || parameters_.expected_hidden == hidden, "parameter hiddenSize is ",
+        parameters_.expected_hidden, ", but the weights have a hidden size of ", hidden);
+  parameters_.packing = std::move(packing);
+  resolved_ = std::move(resolved);
+}
+
+void QwenModel::accept_caches(std::span<const GivenTensor> keys, std::span<const GivenTensor> values) {
+  const DecoderShape& shape = parameters_.shape;
+  const TensorDesc first{keys[0].view.dtype, keys[0].view.dims};
+  for (const auto& [name, tensors] : {std::pair{"key cache ", keys}, std::pair{"value cache ", values}}) {
+    for (size_t layer = 0; layer < tensors.size(); ++layer) {
+      const TensorView& view = tensors[layer].view;
+      const bool fits = view.dims.rank() == 4 && view.dims[0] > 0 && view.dims[1] > 0 &&
+                        view.dims[2] == shape.kv_heads && view.dims[3] == shape.head_size;
+      check(fits, name, layer, " must be [blocks, block_size, ", shape.kv_heads, ", ", shape.head_size, "], got ",
+            view);
+      check(view.dims == first.dims && view.dtype == first.dtype, name, layer, " must be ", first,
+            " as key cache 0 is, got ", view);
+      check(tensors[layer].device == keys[0].device, name, layer, " must be on ", keys[0].device,
+            " as key cache 0 is, got ", tensors[layer].device);
+      check(tensors[layer].contiguous, name, layer, " must be contiguous, got a strided ", view);
+    }
+  }
+  check(first.dims[0] * first.dims[1] <= INT32_MAX, "a cache must have at most ", INT32_MAX,
+        " rows, since slots are int32, got ", first);
+  cache_ = first;
+}
+
+Graph QwenModel::build_graph() const {
+  const DecoderShape& shape = parameters_.shape;
+  const AttentionShape attention{.heads = shape.heads,
+                                 .kv_heads = shape.kv_heads,
+                                 .head_size = shape.head_size,
+                                 .scale = 1.0f / std::sqrt(static_cast<float>(shape.head_size))};
+  GraphBuilder graph;
+  const auto input = [&](DecoderInput which, const char* name) {
+    return graph.input(name, static_cast<int32_t>(which));
+  };
+  const Value ids = input(DecoderInput::kIds, "input_ids");
+  const Value positions = input(DecoderInput::kPositions, "position_ids");
+  const Value slots = input(DecoderInput::kSlots, "slots");
+  const Value seq_len = input(DecoderInput::kSeqLen, "seq_len");
+  std::map<std::string, Value> weights;
+  for (const WeightSpec& spec : weight_specs()) {
+    weights[spec.name] = graph.weight(spec.name, static_cast<int32_t>(spec.slot));
+  }
+  const auto part = [&](const std::string& name, bool transposed) {
+    const auto bias = weights.find(name + ".bias");
+    return LinearWeight{weights.at(name + ".weight"), bias == weights.end() ? Value{} : bias->second, transposed};
+  };
+
+  Value hidden = shape.has_embedding ? gather_rows(graph, "embedding", weights.at("embedding.weight"), ids) : ids;
+  const Value cos = gather_rows(graph, "cos", input(DecoderInput::kCosTable, "cos_table"), positions);
+  const Value sin = gather_rows(graph, "sin", input(DecoderInput::kSinTable, "sin_table"), positions);
+  const Value block_tables = parameters_.is_prefill ? Value{} : input(DecoderInput::kBlockTables, "block_tables");
+  for (int64_t layer = 0; layer < shape.layers; ++layer) {
+    const std::string prefix = "layers." + std::to_string(layer) + ".";
+    const LayerPacking& packing = parameters_.packing[layer];
+    const bool(&transposed)[7] = packing.transposed;
+    const GraphBuilder::Scope layer_scope(graph, "layers." + std::to_string(layer));
+    {
+      const GraphBuilder::Scope scope(graph, "attn");
+      const std::string attn = prefix + "attn.";
+      const Value normed = rms_norm(graph, hidden, weights.at(attn + "norm.weight"), parameters_.epsilon);
+      const Value qkv = linear(graph, "qkv", normed,
+                               packing.qkv_packed
+                                   ? std::vector{part(attn + "qkv", transposed[0])}
+                                   : std::vector{part(attn + "q", transposed[0]), part(attn + "k", transposed[1]),
+                                                 part(attn + "v", transposed[2])});
+      const QkvHeads heads = split_qkv(graph, qkv, shape.heads, shape.kv_heads, shape.head_size);
+      const RotatedHeads rotated = rope(graph, heads.q, heads.k, cos, sin);
+      const Value k_cache = graph.cache(prefix + "k_cache", static_cast<int32_t>(2 * layer));
+      const Value v_cache = graph.cache(prefix + "v_cache", static_cast<int32_t>(2 * layer + 1));
+      reshape_and_cache(graph, rotated.k, heads.v, k_cache, v_cache, slots);
+      const Value attended =
+          parameters_.is_prefill
+              ? self_attention(graph, rotated.q, rotated.k, heads.v, seq_len, attention)
+              : paged_attention(graph, rotated.q, k_cache, v_cache, block_tables, seq_len, attention);
+      hidden = add(graph, hidden, linear(graph, "o", attended, {part(attn + "o", transposed[3])}));
+    }
+    const GraphBuilder::Scope scope(graph, "mlp");
+    const std::string mlp = prefix + "mlp.";
+    const Value normed = rms_norm(graph, hidden, weights.at(mlp + "norm.weight"), parameters_.epsilon);
+    const Value gate_up = linear(graph, "gate_up", normed,
+                                 packing.gate_up_packed
+                                     ? std::vector{part(mlp + "gate_up", transposed[4])}
+                                     : std::vector{part(mlp + "gate", transposed[4]), part(mlp + "up", transposed[5])});
+    const Value activated = swiglu(graph, gate_up);
+    hidden = add(graph, hidden, linear(graph, "down", activated, {part(mlp + "down", transposed[6])}));
+  }
+  if (parameters_.is_prefill) {
+    hidden = gather_rows(graph, "logit_rows", hidden, input(DecoderInput::kLogitsIndices, "logits_indices"));
+  }
+  const Value normed = rms_norm(graph, hidden, weights.at("final_norm.weight"), parameters_.epsilon);
+  const Value logits = linear(graph, "lm_head", normed, {part("lm_head", shape.head_transposed)});
+  graph.mark_output(logits, "logits", 0);
+  return graph.finish();
+}
+
+Step QwenModel::prepare(std::span<const GivenTensor> inputs, const nlohmann::json& parameters) const {
+  check(cache_.dtype == resolved_.dtype, "the caches are ", cache_.dtype, ", but the weights are ", resolved_.dtype);
+  const DecoderLimits limits{.is_prefill = parameters_.is_prefill,
+                             .embeds_ids = parameters_.shape.has_embedding,
+                             .dtype = resolved_.dtype,
+                             .device = resolved_.device,
+                             .hidden = resolved_.sizes.at("hidden"),
+                             .head_size = parameters_.shape.head_size,
+                             .embedding_rows = resolved_.embedding_rows,
+                             .blocks = cache_.dims[0],
+                             .block_size = cache_.dims[1]};
+  return prepare_decoder_step(order_, limits, inputs, parameters);
+}
+
+std::vector<TensorDesc> QwenModel::output_descs(const StepInfo& step) const {
+  return {{resolved_.dtype, {step.logit_rows, resolved_.sizes.at("vocab")}, Rows::kLogits}};
+}
+
+/// The 2024 keys and input order. Qwen2 has biases on q, k and v, and nowhere else.
+class DecoderModel final : public QwenModel {
+ public:
+  explicit DecoderModel(const std::string& json)
+      : QwenModel(parse_parameters_2024(json, {.qkv_bias = true}), kOrder2024) {}
+};
+
+/// The current keys and input order; the key linearHasBias says which linears have a bias.
+class QwenDecoderModel final : public QwenModel {
+ public:
+  explicit QwenDecoderModel(const std::string& json) : QwenModel(parse_parameters_current(json), kOrderCurrent) {}
+};
+
+}  // namespace qwen
+
+REGISTER_MODEL(qwen, DecoderModel);
+REGISTER_MODEL(qwen, QwenDecoderModel);
+
+namespace {
+
+const bool paged_alias = register_alias({"qwen_PAModel", "qwen_DecoderModel", "isFA", false});
+const bool padded_alias = register_alias({"qwen_FAModel", "qwen_DecoderModel", "isFA", true});
+
+}  // namespace
+}  // namespace modeltorch

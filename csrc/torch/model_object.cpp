@@ -1,0 +1,220 @@
+#include "torch/model_object.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+
+#include <nlohmann/json.hpp>
+
+#include "core/check.h"
+#include "models/parameters.h"
+#include "models/registry.h"
+#include "torch/tensors.h"
+
+namespace modeltorch {
+namespace {
+
+std::vector<TensorView> views_of(const std::vector<GivenTensor>& given) {
+  std::vector<TensorView> views;
+  views.reserve(given.size());
+  for (const GivenTensor& tensor : given) views.push_back(tensor.view);
+  return views;
+}
+
+nlohmann::json to_json(const WeightSpec& spec) {
+  nlohmann::json shape = nlohmann::json::array();
+  for (const WeightDim& dim : spec.shape) {
+    if (dim.symbol.empty()) {
+      shape.push_back(dim.size);
+    } else {
+      shape.push_back(dim.symbol);
+    }
+  }
+  return {{"name", spec.name},   {"slot", spec.slot},   {"shape", shape},
+          {"dtype", spec.dtype}, {"shard", spec.shard}, {"checkpoint", spec.checkpoint}};
+}
+
+[[noreturn]] void rethrow(const Error& error, const std::string& where) {
+  const std::string message = where + ": " + error.what();
+  switch (error.kind()) {
+    case ErrorKind::kValue:
+      TORCH_CHECK_VALUE(false, message);
+    case ErrorKind::kNotImplemented:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, message);
+    default:
+      TORCH_CHECK(false, message);
+  }
+}
+
+}  // namespace
+
+std::byte* TensorArena::reserve(size_t bytes) {
+  if (bytes > bytes_ || !memory_.defined()) {
+    memory_.reset();  // gives the old memory back first: it is scratch, and both at once may not fit
+    bytes_ = 0;
+    memory_ = make_tensor({DType::kUInt8, {static_cast<int64_t>(bytes)}}, device_);
+    bytes_ = bytes;
+    ++allocations_;
+  }
+  return static_cast<std::byte*>(memory_.data_ptr());
+}
+
+template <class Body>
+auto ModelObject::guarded(const char* method, Body&& body) {
+  const std::lock_guard lock(mutex_);
+  const at::AutoDispatchBelowAutograd no_autograd;
+  try {
+    return body();
+  } catch (const Error& error) {
+    const std::string model = state_.model ? " [" + state_.model->name() + "]" : "";
+    rethrow(error, model_name_ + "." + method + model);
+  }
+}
+
+Model& ModelObject::model() {
+  if (!state_.model) fail(ErrorKind::kRuntime, "set_param must come first");
+  return *state_.model;
+}
+
+int64_t ModelObject::set_param(const std::string& parameters) {
+  return guarded("set_param", [&]() -> int64_t {
+    State fresh;
+    fresh.model = make_model(model_name_, parameters);
+    state_ = std::move(fresh);
+    progress_ = 0.0;
+    return 0;
+  });
+}
+
+int64_t ModelObject::set_weight(const std::vector<at::Tensor>& weights) {
+  return guarded("set_weight", [&]() -> int64_t {
+    Model& target = model();
+    check(static_cast<int64_t>(weights.size()) == target.weight_count(), "the weight list must have ",
+          target.weight_count(), " tensors, got ", weights.size());
+    std::vector<at::Tensor> held;
+    held.reserve(weights.size());
+    for (const at::Tensor& weight : weights) {
+      check(weight.defined(), "weight ", held.size(), " is an undefined tensor");
+      held.push_back(weight.layout() == at::kStrided ? weight.contiguous() : weight);
+    }
+    const std::vector<GivenTensor> given = describe(held);
+    if (!state_.keys.empty()) {
+      const Device cache_device = describe(state_.keys[0]).device;
+      check(given.back().device == cache_device, "the weights must be on ", cache_device, " as the caches are, got ",
+            given.back().device);
+    }
+    target.accept_weights(given);
+    state_.runner = std::make_unique<GraphRunner>(target.build_graph(), target.input_rows(), target.device());
+    state_.runner->bind_weights(views_of(given));
+    state_.arena = std::make_unique<TensorArena>(target.device());
+    state_.weights = std::move(held);
+    bind_caches();
+    progress_ = 1.0;
+    return 0;
+  });
+}
+
+int64_t ModelObject::set_kv_cache(const std::vector<at::Tensor>& keys, const std::vector<at::Tensor>& values) {
+  return guarded("set_kv_cache", [&]() -> int64_t {
+    Model& target = model();
+    const auto expected = static_cast<size_t>(target.cache_count());
+    check(keys.size() == expected && values.size() == expected, "set_kv_cache takes ", expected, " key and ", expected,
+          " value caches, got ", keys.size(), " and ", values.size());
+    const std::vector<GivenTensor> given_keys = describe(keys);
+    const std::vector<GivenTensor> given_values = describe(values);
+    if (state_.runner) {
+      check(given_keys[0].device == target.device(), "the caches must be on ", target.device(),
+            " as the weights are, got ", given_keys[0].device);
+    }
+    target.accept_caches(given_keys, given_values);
+    state_.keys = keys;
+    state_.values = values;
+    bind_caches();
+    return 0;
+  });
+}
+
+void ModelObject::bind_caches() {
+  if (!state_.runner || state_.keys.empty()) return;
+  std::vector<TensorView> caches;
+  for (size_t layer = 0; layer < state_.keys.size(); ++layer) {
+    caches.push_back(describe(state_.keys[layer]).view);
+    caches.push_back(describe(state_.values[layer]).view);
+  }
+  state_.runner->bind_caches(std::move(caches));
+}
+
+Step ModelObject::prepare(const std::vector<at::Tensor>& inputs, const std::string& parameters) {
+  Model& target = model();
+  if (!state_.runner) fail(ErrorKind::kRuntime, "set_weight must come before execute");
+  if (state_.keys.empty()) fail(ErrorKind::kRuntime, "set_kv_cache must come before execute");
+  return target.prepare(describe(inputs), parse_object(parameters, "the parameter of execute"));
+}
+
+void ModelObject::run(const Step& step, const std::vector<at::Tensor>& outputs) {
+  const std::vector<TensorView> views = views_of(describe(outputs));
+  state_.runner->run(step.inputs, views, step.info, *state_.arena, nullptr);
+}
+
+std::vector<at::Tensor> ModelObject::execute(const std::vector<at::Tensor>& inputs, const std::string& parameters) {
+  return guarded("execute", [&] {
+    const Step step = prepare(inputs, parameters);
+    std::vector<at::Tensor> outputs;
+    for (const TensorDesc& desc : model().output_descs(step.info)) outputs.push_back(make_tensor(desc, model().device()));
+    run(step, outputs);
+    return outputs;
+  });
+}
+
+int64_t ModelObject::execute_out(const std::vector<at::Tensor>& inputs, const std::vector<at::Tensor>& outputs,
+                                 const std::string& parameters) {
+  return guarded("execute_out", [&]() -> int64_t {
+    const Step step = prepare(inputs, parameters);
+    const std::vector<TensorDesc> expected = model().output_descs(step.info);
+    check(outputs.size() == expected.size(), "execute_out takes ", expected.size(), " output tensors, got ",
+          outputs.size());
+    for (size_t index = 0; index < outputs.size(); ++index) {
+      const GivenTensor given = describe(outputs[index]);
+      check(given.view.dims == expected[index].dims && given.view.dtype == expected[index].dtype, "output ", index,
+            " must be ", expected[index], ", got ", given.view);
+      check(given.device == model().device(), "output ", index, " must be on ", model().device(), ", got ",
+            given.device);
+      check(given.contiguous, "output ", index, " must be contiguous, got a strided ", given.view);
+    }
+    run(step, outputs);
+    return 0;
+  });
+}
+
+std::string ModelObject::graph() {
+  return guarded("graph", [&] {
+    model();
+    if (!state_.runner) fail(ErrorKind::kRuntime, "set_weight must come before graph: the weights decide the nodes");
+    return state_.runner->describe();
+  });
+}
+
+c10::Dict<std::string, int64_t> ModelObject::counters() {
+  return guarded("counters", [&] {
+    const Counters counts = state_.runner ? state_.runner->counters() : Counters{};
+    c10::Dict<std::string, int64_t> result;
+    result.insert("executions", counts.executions);
+    result.insert("shape_inferences", counts.shape_inferences);
+    result.insert("kernel_setups", counts.kernel_setups);
+    result.insert("plans_built", counts.plans_built);
+    result.insert("plans_evicted", counts.plans_evicted);
+    result.insert("plans", state_.runner ? static_cast<int64_t>(state_.runner->plan_count()) : 0);
+    result.insert("arena_allocations", state_.arena ? state_.arena->allocations() : 0);
+    result.insert("arena_bytes", state_.arena ? static_cast<int64_t>(state_.arena->bytes()) : 0);
+    return result;
+  });
+}
+
+std::string ModelObject::weight_spec() {
+  return guarded("weight_spec", [&] {
+    nlohmann::json specs = nlohmann::json::array();
+    for (const WeightSpec& spec : model().weight_specs()) specs.push_back(to_json(spec));
+    return specs.dump();
+  });
+}
+
+}  // namespace modeltorch

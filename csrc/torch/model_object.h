@@ -1,0 +1,99 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/ivalue.h>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "graph/runner.h"
+#include "models/model.h"
+
+namespace modeltorch {
+
+/// An arena in a tensor of torch's allocator.
+class TensorArena final : public Arena {
+ public:
+  explicit TensorArena(Device device) : device_(device) {}
+
+  std::byte* reserve(size_t bytes) override;
+
+  size_t bytes() const { return bytes_; }
+  int64_t allocations() const { return allocations_; }
+
+ private:
+  Device device_;
+  at::Tensor memory_;
+  size_t bytes_ = 0;
+  int64_t allocations_ = 0;
+};
+
+/// torch.classes.ModelTorch.ModelTorch: one phase of one model (docs/contract.md).
+///
+/// Calls on one object are serialised by its mutex. Every method throws a ValueError, a NotImplementedError or a
+/// RuntimeError, and then leaves the object as it was. Methods that return a number return 0.
+class ModelObject final : public torch::CustomClassHolder {
+ public:
+  /// Any name constructs; an unknown one is refused by set_param.
+  explicit ModelObject(std::string model_name) : model_name_(std::move(model_name)) {}
+
+  /// Makes the model of this name from its JSON parameters. Weights and caches must be set again after it.
+  int64_t set_param(const std::string& parameters);
+
+  /// Takes the weight list in slot order and keeps the tensors.
+  int64_t set_weight(const std::vector<at::Tensor>& weights);
+
+  /// Takes one key and one value cache a layer and keeps the tensors; execute writes to them in place.
+  int64_t set_kv_cache(const std::vector<at::Tensor>& keys, const std::vector<at::Tensor>& values);
+
+  /// Runs one step; returns fresh tensors.
+  std::vector<at::Tensor> execute(const std::vector<at::Tensor>& inputs, const std::string& parameters);
+
+  /// Runs one step into the caller's contiguous tensors.
+  int64_t execute_out(const std::vector<at::Tensor>& inputs, const std::vector<at::Tensor>& outputs,
+                      const std::string& parameters);
+
+  /// The nodes, tensors, shapes and memory plan of the last step, as text.
+  std::string graph();
+
+  /// What the object has done: executions, plans, plans_built, plans_evicted, shape_inferences, kernel_setups,
+  /// arena_allocations, arena_bytes.
+  c10::Dict<std::string, int64_t> counters();
+
+  /// The weight list as a JSON array of {name, slot, shape, dtype, shard, checkpoint}.
+  std::string weight_spec();
+
+  /// How much of a set_weight under way is done, 0 to 1. The only method that does not wait for the others.
+  double progress() const { return progress_.load(std::memory_order_relaxed); }
+
+ private:
+  /// Everything that one set_param creates and the next one replaces.
+  struct State {
+    std::unique_ptr<Model> model;
+    std::string dtype_name;
+    std::vector<at::Tensor> weights;
+    std::vector<at::Tensor> keys;
+    std::vector<at::Tensor> values;
+    std::unique_ptr<GraphRunner> runner;
+    std::unique_ptr<TensorArena> arena;
+  };
+
+  template <class Body>
+  auto guarded(const char* method, Body&& body);
+
+  Model& model();
+  void bind_caches();
+  Step prepare(const std::vector<at::Tensor>& inputs, const std::string& parameters);
+  void run(const Step& step, const std::vector<at::Tensor>& outputs);
+
+  const std::string model_name_;
+  std::mutex mutex_;
+  std::atomic<double> progress_{0.0};
+  State state_;
+};
+
+}  // namespace modeltorch

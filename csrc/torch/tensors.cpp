@@ -1,0 +1,82 @@
+#include "torch/tensors.h"
+
+#include <ATen/ops/empty.h>
+
+#include "core/check.h"
+
+namespace modeltorch {
+namespace {
+
+DType dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kChar:
+      return DType::kInt8;
+    case at::kByte:
+      return DType::kUInt8;
+    case at::kInt:
+      return DType::kInt32;
+    case at::kLong:
+      return DType::kInt64;
+    case at::kBool:
+      return DType::kBool;
+    default:
+      return DType::kOther;
+  }
+}
+
+at::ScalarType scalar_type_of(DType dtype) {
+  constexpr at::ScalarType kTypes[] = {at::kFloat, at::kBFloat16, at::kHalf, at::kChar,
+                                       at::kByte,  at::kInt,      at::kLong, at::kBool};
+  return kTypes[static_cast<int>(dtype)];
+}
+
+Device device_of(const at::Device& device) {
+  const int index = device.has_index() ? device.index() : 0;
+  if (device.is_cpu()) return {DeviceType::kCpu, 0};
+  if (device.is_cuda()) return {DeviceType::kCuda, index};
+  if (device.is_privateuseone()) return {DeviceType::kNpu, index};
+  return {DeviceType::kOther, 0};
+}
+
+at::Device torch_device_of(Device device) {
+  if (device.type == DeviceType::kCpu) return at::kCPU;
+  const at::DeviceType type = device.type == DeviceType::kCuda ? at::kCUDA : at::kPrivateUse1;
+  return {type, static_cast<at::DeviceIndex>(device.index)};
+}
+
+}  // namespace
+
+GivenTensor describe(const at::Tensor& tensor) {
+  GivenTensor given;
+  check(tensor.defined(), "expected a tensor, got an undefined one");
+  given.device = device_of(tensor.device());
+  if (tensor.layout() != at::kStrided || tensor.dim() > Dims::kMaxRank) {
+    given.view.dtype = DType::kOther;
+    return given;
+  }
+  given.view.dtype = dtype_of(tensor.scalar_type());
+  for (const int64_t size : tensor.sizes()) given.view.dims.push_back(size);
+  given.contiguous = tensor.is_contiguous();
+  if (given.device.type != DeviceType::kOther) given.view.data = tensor.data_ptr();
+  return given;
+}
+
+std::vector<GivenTensor> describe(const std::vector<at::Tensor>& tensors) {
+  std::vector<GivenTensor> given;
+  given.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) given.push_back(describe(tensor));
+  return given;
+}
+
+at::Tensor make_tensor(const TensorDesc& desc, Device device) {
+  const at::TensorOptions options = at::TensorOptions(scalar_type_of(desc.dtype)).device(torch_device_of(device));
+  return at::empty({desc.dims.begin(), static_cast<size_t>(desc.dims.rank())}, options);
+}
+
+}  // namespace modeltorch

@@ -1,0 +1,19 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "core/device.h"
+#include "models/model.h"
+
+namespace modeltorch {
+
+/// The description of a caller's tensor. The tensor keeps owning its memory.
+GivenTensor describe(const at::Tensor& tensor);
+std::vector<GivenTensor> describe(const std::vector<at::Tensor>& tensors);
+
+/// A fresh tensor, uninitialised.
+at::Tensor make_tensor(const TensorDesc& desc, Device device);
+
+}  // namespace modeltorch
