@@ -57,12 +57,17 @@ class BuildLibrary(cpp_extension.BuildExtension):
     def run(self) -> None:
         """Builds, then writes compile_commands.json for editors and clang tools."""
         if TORCH_MINOR not in SUPPORTED_MINORS:
-            raise SystemExit(f"modeltorch needs torch {SUPPORTED_MINORS[0]} to {SUPPORTED_MINORS[-1]}, found {torch.__version__}")
+            raise SystemExit(
+                f"modeltorch needs torch {SUPPORTED_MINORS[0]} to {SUPPORTED_MINORS[-1]}, found {torch.__version__}"
+            )
         super().run()
         ninja_file = next(Path(self.build_temp).rglob("build.ninja"), None)
         if ninja_file is not None:
             commands = subprocess.run(
-                ["ninja", "-C", str(ninja_file.parent), "-t", "compdb"], check=True, capture_output=True, text=True
+                ["ninja", "-C", str(ninja_file.parent), "-t", "compdb"],
+                check=True,
+                capture_output=True,
+                text=True,
             )
             (ROOT / "compile_commands.json").write_text(commands.stdout)
 

@@ -1,0 +1,55 @@
+# modeltorch: `make demo` and `make test` set everything up in .venv and need nothing done by hand before.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
+
+.PHONY: demo test test-all test-cpp sanitize lint format clean
+
+demo: $(VENV)/.built  ## answer prompts with the bundled checkpoint
+	$(BIN)/modeltorch generate --prompt "345+678=" --prompt "12-345=" --prompt "sort 31 4 15 926 5=" \
+	    --prompt "max 271 828 182=" --prompt "reverse 1 2 3="
+
+test: $(VENV)/.built test-cpp  ## the tests: C++ without torch, then Python
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.built sanitize  ## the long runs: ten times the random cases, every processor level
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest
+	for level in generic avx2; do MODELTORCH_CPU_LEVEL=$$level $(BIN)/python -m pytest || exit 1; done
+
+test-cpp: $(VENV)/.installed
+	PYTHON=$(BIN)/python tests/cpp/run.sh plain
+
+sanitize: $(VENV)/.installed  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	PYTHON=$(BIN)/python tests/cpp/run.sh sanitize
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+$(VENV)/.installed: requirements.txt
+	@command -v $(PYTHON) >/dev/null || { echo "modeltorch needs Python 3.10 or newer: install python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "modeltorch needs Python 3.10 or newer: set PYTHON to one"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	    { echo "modeltorch needs Python's venv module: install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES) pyproject.toml
+	@command -v $${CXX:-g++} >/dev/null || { echo "modeltorch needs a C++20 compiler: install g++ 11 or newer"; exit 1; }
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf build $(VENV) modeltorch/*.so compile_commands.json

@@ -1,0 +1,155 @@
+"""The command line: `modeltorch generate` and `modeltorch bench`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from modeltorch import __version__
+
+DEMO_PROMPTS = ("345+678=", "12-345=", "sort 31 4 15 9 26=", "max 271 828 182=")
+
+
+def _numbers(text: str) -> list[int]:
+    """A comma-separated list of whole numbers of at least 1; empty text is an empty list."""
+    try:
+        numbers = [int(part) for part in text.split(",") if part]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None
+    if any(number < 1 for number in numbers):
+        raise argparse.ArgumentTypeError(f"expected numbers of at least 1, got {text!r}")
+    return numbers
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(prog="modeltorch", description="A native Qwen2 runner inside PyTorch.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    generate = commands.add_parser("generate", help="answer prompts")
+    generate.add_argument(
+        "--model", help="checkpoint folder or hub id (default: the bundled arithmetic model)"
+    )
+    generate.add_argument(
+        "--prompt", action="append", help="a prompt; repeatable (default: lines of standard input)"
+    )
+    generate.add_argument(
+        "--max-new-tokens", type=int, help="most tokens of an answer (default: 256 or what fits)"
+    )
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    generate.add_argument("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
+    generate.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
+    _add_model_options(generate)
+
+    bench = commands.add_parser("bench", help="measure prefill, decode and serving")
+    model = bench.add_mutually_exclusive_group()
+    model.add_argument(
+        "--shape", default="qwen2.5-0.5b", help="qwen2.5-0.5b, -1.5b or -7b with random weights"
+    )
+    model.add_argument("--model", help="checkpoint folder or hub id instead of a shape")
+    bench.add_argument("--prompt-len", type=_numbers, default=[128, 512], metavar="N,N")
+    bench.add_argument("--prefill-batch", type=_numbers, default=[1], metavar="N,N")
+    bench.add_argument("--context", type=_numbers, default=[128, 2048], metavar="N,N")
+    bench.add_argument("--decode-batch", type=_numbers, default=[1, 8], metavar="N,N")
+    bench.add_argument("--requests", type=int, default=0, help="also serve this many requests end to end")
+    bench.add_argument("--runs", type=int, default=5, help="timed prefills (default: 5)")
+    bench.add_argument("--json", metavar="FILE", help="append one JSON object a measurement to FILE")
+    _add_model_options(bench)
+    return parser
+
+
+def _read_prompts(given: Sequence[str] | None) -> list[str]:
+    if given:
+        return list(given)
+    if sys.stdin.isatty():
+        print("modeltorch: type prompts, one a line, and end with Ctrl-D", file=sys.stderr)
+    return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from modeltorch import checkpoint
+    from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
+
+    prompts = _read_prompts(arguments.prompt)
+    if not prompts:
+        raise ValueError("no prompt: give --prompt or lines on standard input")
+    model = FlashQwen2ForCausalLM.from_pretrained(
+        arguments.model or checkpoint.BUNDLED, device=arguments.device, dtype=arguments.dtype
+    )
+    start = time.perf_counter()
+    answers = model.generate(
+        prompts,
+        max_new_tokens=arguments.max_new_tokens,
+        ignore_eos=arguments.ignore_eos,
+        temperature=arguments.temperature,
+    )
+    seconds = time.perf_counter() - start
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if arguments.json:
+            line = {
+                "prompt": prompt,
+                "text": answer.text,
+                "token_ids": answer.token_ids,
+                "finish_reason": answer.finish_reason,
+            }
+            print(json.dumps(line))
+        else:
+            shown = answer.text if answer.text is not None else " ".join(map(str, answer.token_ids))
+            print(f"{prompt} {shown}")
+    tokens = sum(len(answer.token_ids) for answer in answers)
+    print(
+        f"modeltorch: {tokens} new tokens for {len(prompts)} prompts in {seconds:.3f} s, {tokens / seconds:.1f} tokens/s",
+        file=sys.stderr,
+    )
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from modeltorch import bench
+
+    if arguments.model:
+        subject = bench.Subject.from_checkpoint(arguments.model, arguments.device, arguments.dtype)
+    else:
+        subject = bench.Subject.from_shape(arguments.shape, arguments.device, arguments.dtype)
+    results = []
+    for result in bench.measure(
+        subject,
+        prompt_lengths=arguments.prompt_len,
+        prefill_batches=arguments.prefill_batch,
+        contexts=arguments.context,
+        decode_batches=arguments.decode_batch,
+        requests=arguments.requests,
+        runs=arguments.runs,
+    ):
+        results.append(result)
+        print(result.row(), flush=True)
+    if arguments.json:
+        with Path(arguments.json).open("a") as file:
+            file.writelines(json.dumps(result.as_json()) + "\n" for result in results)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status (0, or 2 for a user's mistake, told in one line)."""
+    import torch
+
+    arguments = build_parser().parse_args(argv)
+    try:
+        if arguments.threads is not None:
+            if arguments.threads < 1:
+                raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
+            torch.set_num_threads(arguments.threads)
+        {"generate": _generate, "bench": _bench}[arguments.command](arguments)
+    except (ValueError, NotImplementedError, FileNotFoundError, ImportError) as error:
+        print(f"modeltorch: {error}", file=sys.stderr)
+        return 2
+    return 0

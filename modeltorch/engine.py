@@ -1,0 +1,274 @@
+"""Continuous batching over the paged cache."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from modeltorch.sampling import sample
+
+if TYPE_CHECKING:
+    from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
+
+DEFAULT_NEW_TOKENS = 256
+MAX_PREFILL_TOKENS = 4096
+MAX_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer.
+
+    Attributes:
+        token_ids: the new tokens only; an end-of-sequence token that ended the answer is the last of them.
+        text: the new tokens decoded, special tokens left out; None without a tokenizer.
+        finish_reason: "stop" (an end-of-sequence token) or "length" (max_new_tokens).
+    """
+
+    token_ids: list[int]
+    text: str | None
+    finish_reason: str
+
+
+@dataclass
+class Request:
+    """A prompt on its way through the engine."""
+
+    prompt: list[int]
+    max_new_tokens: int | None = None
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    new_tokens: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+
+    @property
+    def limit(self) -> int:
+        """Most tokens that the sequence may grow to."""
+        return len(self.prompt) + (self.max_new_tokens or 0)
+
+
+def _temperatures(requests: Sequence[Request], device: torch.device) -> torch.Tensor | None:
+    """float32 [B], or None where every request is greedy."""
+    if not any(request.temperature > 0 for request in requests):
+        return None
+    return torch.tensor([request.temperature for request in requests], device=device)
+
+
+class DecodeBatch:
+    """The tensors of a decode step, kept between steps: only what changes is written.
+
+    Attributes:
+        requests: the sequences, in the order of the rows.
+        ids: int64 [B], the tokens that the next step reads.
+        lengths: int32 [B], contexts including those tokens.
+        tables: int32 [B, width].
+    """
+
+    def __init__(self, requests: list[Request], block_size: int, device: torch.device) -> None:
+        self.requests = requests
+        self.block_size = block_size
+        width = max(len(request.blocks) for request in requests)
+        rows = [request.blocks + [0] * (width - len(request.blocks)) for request in requests]
+        contexts = [len(request.prompt) + len(request.new_tokens) for request in requests]
+        self.ids = torch.tensor([request.new_tokens[-1] for request in requests], device=device)
+        self.lengths = torch.tensor(contexts, dtype=torch.int32, device=device)
+        self.tables = torch.tensor(rows, dtype=torch.int32, device=device)
+        self.temperatures = _temperatures(requests, device)
+
+    def positions(self) -> torch.Tensor:
+        """int64 [B]: the place of each new token in its sequence."""
+        return self.lengths.to(torch.int64) - 1
+
+    def slots(self, positions: torch.Tensor) -> torch.Tensor:
+        """int32 [B]: the cache row of each new token."""
+        blocks = self.tables.gather(1, (positions // self.block_size).unsqueeze(1)).squeeze(1)
+        return blocks * self.block_size + (positions % self.block_size).to(torch.int32)
+
+    def advance(self, tokens: torch.Tensor) -> None:
+        """Takes the sampled tokens as the inputs of the next step."""
+        self.ids = tokens
+        self.lengths += 1
+
+
+class Engine:
+    """Runs requests to their end over one model and its cache.
+
+    Blocks for a whole request (prompt and answer) are reserved when it is admitted, so that a running request never
+    waits for memory.
+    """
+
+    def __init__(self, model: FlashQwen2ForCausalLM) -> None:
+        self.model = model
+        self.cache = model.cache
+
+    def check(self, request: Request) -> None:
+        """Completes a request's limits and refuses one that can never run.
+
+        Raises:
+            ValueError: an empty prompt, an id outside the vocabulary, limits or a temperature out of range, or a
+                length that exceeds the model's positions or the whole cache.
+        """
+        prompt, model = request.prompt, self.model
+        if not prompt:
+            raise ValueError("a prompt must have at least one token, got none")
+        outside = next((token for token in prompt if not 0 <= token < model.vocab_size), None)
+        if outside is not None:
+            raise ValueError(f"token ids must be in [0, {model.vocab_size}), got {outside}")
+        room = model.max_positions - len(prompt)
+        if request.max_new_tokens is None:
+            request.max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
+        if request.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
+        if not 0.0 <= request.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 or a positive number, got {request.temperature}")
+        if request.max_new_tokens > room:
+            raise ValueError(
+                f"a prompt of {len(prompt)} and {request.max_new_tokens} new tokens exceed the model's "
+                f"{model.max_positions} positions"
+            )
+        self._check_fits(request.limit)
+
+    def run(self, requests: Sequence[Request]) -> list[Generation]:
+        """Runs every request; returns their answers in order. See FlashQwen2ForCausalLM.generate."""
+        for request in requests:
+            self.check(request)
+        waiting = deque(requests)
+        batch: DecodeBatch | None = None
+        try:
+            while waiting or batch is not None:
+                admitted = self._admit(waiting, len(batch.requests) if batch else 0)
+                if admitted:
+                    self._prefill(admitted)
+                else:
+                    assert batch is not None  # an empty engine admits any request that check() let pass
+                    self._decode(batch)
+                batch = self._regroup(batch, admitted)
+        finally:
+            for request in requests:
+                self._release(request)
+        return [self._generation(request) for request in requests]
+
+    def compute_logits(self, token_lists: Sequence[list[int]]) -> list[torch.Tensor]:
+        """See FlashQwen2ForCausalLM.compute_logits."""
+        for tokens in token_lists:
+            self.check(Request(tokens, max_new_tokens=None))
+        results = []
+        for tokens in token_lists:
+            request = Request(tokens, max_new_tokens=0)
+            request.blocks = self.cache.allocate(self.cache.blocks_needed(len(tokens)))
+            try:
+                results.append(self._prefill_logits([request], None).float())
+            finally:
+                self._release(request)
+        return results
+
+    def _check_fits(self, tokens: int) -> None:
+        needed = self.cache.blocks_needed(tokens)
+        if needed > self.cache.num_blocks:
+            raise ValueError(
+                f"a request of {tokens} tokens needs {needed} cache blocks of {self.cache.block_size}, but the cache "
+                f"has {self.cache.num_blocks}: raise num_blocks or cache_gb"
+            )
+
+    def _admit(self, waiting: deque[Request], running: int) -> list[Request]:
+        """Takes from the front what fits the batch, the cache and one prefill; at least one if nothing runs."""
+        admitted: list[Request] = []
+        tokens = 0
+        while waiting and running + len(admitted) < MAX_BATCH:
+            request = waiting[0]
+            needed = self.cache.blocks_needed(request.limit)
+            tokens += len(request.prompt)
+            if needed > self.cache.free_blocks or (admitted and tokens > MAX_PREFILL_TOKENS):
+                break
+            request.blocks = self.cache.allocate(needed)
+            admitted.append(waiting.popleft())
+        return admitted
+
+    def _prefill_logits(self, requests: list[Request], rows: torch.Tensor | None) -> torch.Tensor:
+        block_size = self.cache.block_size
+        positions = [torch.arange(len(request.prompt)) for request in requests]
+        slots = [
+            torch.tensor(request.blocks)[place // block_size] * block_size + place % block_size
+            for request, place in zip(requests, positions, strict=True)
+        ]
+        lengths = [len(request.prompt) for request in requests]
+        width = max(len(request.blocks) for request in requests)
+        tables = [request.blocks + [0] * (width - len(request.blocks)) for request in requests]
+        return self.model.forward(
+            torch.tensor([token for request in requests for token in request.prompt]),
+            torch.cat(positions),
+            True,
+            self.cache.pairs,
+            torch.tensor(tables, dtype=torch.int32),
+            torch.cat(slots).to(torch.int32),
+            torch.tensor(lengths, dtype=torch.int32),
+            max(lengths),
+            rows,
+        )
+
+    def _prefill(self, requests: list[Request]) -> None:
+        tokens = self.prefill_step(requests)
+        for request, token in zip(requests, tokens.tolist(), strict=True):
+            self._append(request, token)
+
+    def prefill_step(self, requests: list[Request]) -> torch.Tensor:
+        """Runs the prompts of admitted requests in one step, with sampling; returns the new tokens, int64 [B]."""
+        lengths = torch.tensor([len(request.prompt) for request in requests])
+        logits = self._prefill_logits(requests, lengths.cumsum(0) - 1)
+        return sample(logits, _temperatures(requests, self.model.device))
+
+    def _decode(self, batch: DecodeBatch) -> None:
+        tokens = self.decode_step(batch)
+        for request, token in zip(batch.requests, tokens.tolist(), strict=True):
+            self._append(request, token)
+
+    def decode_step(self, batch: DecodeBatch) -> torch.Tensor:
+        """One decode step with sampling; returns the new tokens, int64 [B], and advances the batch."""
+        positions = batch.positions()
+        logits = self.model.forward(
+            batch.ids,
+            positions,
+            False,
+            self.cache.pairs,
+            batch.tables,
+            batch.slots(positions),
+            batch.lengths,
+            0,
+        )
+        tokens = sample(logits, batch.temperatures)
+        batch.advance(tokens)
+        return tokens
+
+    def _append(self, request: Request, token: int) -> None:
+        request.new_tokens.append(token)
+        if token in self.model.stop_tokens and not request.ignore_eos:
+            request.finish_reason = "stop"
+        elif len(request.new_tokens) == request.max_new_tokens:
+            request.finish_reason = "length"
+
+    def _regroup(self, batch: DecodeBatch | None, admitted: list[Request]) -> DecodeBatch | None:
+        """The batch of the next step: without what has finished, with what was admitted."""
+        everybody = (batch.requests if batch else []) + admitted
+        going = [request for request in everybody if not request.finish_reason]
+        for request in everybody:
+            if request.finish_reason:
+                self._release(request)
+        if not going:
+            return None
+        if batch is not None and len(going) == len(batch.requests) and not admitted:
+            return batch
+        return DecodeBatch(going, self.cache.block_size, self.model.device)
+
+    def _release(self, request: Request) -> None:
+        self.cache.release(request.blocks)
+        request.blocks = []
+
+    def _generation(self, request: Request) -> Generation:
+        tokenizer = self.model.tokenizer
+        text = None if tokenizer is None else tokenizer.decode(request.new_tokens, skip_special_tokens=True)
+        return Generation(request.new_tokens, text, request.finish_reason)

@@ -1,0 +1,443 @@
+"""Qwen2 through torch.classes.ModelTorch.ModelTorch, with the helpers that callers know.
+
+The step-level helpers (init_ascend_operations, get_weights, init_ascend_weight, init_kvcache,
+prepare_inputs_for_ascend, execute_ascend_operator, forward) keep the names and the meaning of the Ascend front ends
+whose scripts run here unchanged; docs/contract.md describes them. Above them, from_pretrained, generate and
+compute_logits need no knowledge of steps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeltorch import checkpoint
+from modeltorch.engine import Engine, Generation, Request
+from modeltorch.paged_cache import DEFAULT_BLOCK_SIZE, PagedCache
+
+KvCache = Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_MIXED = 4  # packQuantType MIX_W8A8: with float linears it says only that q, k, v and gate, up are separate
+
+
+def rope_tables(config: Any, head_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of every position, the two halves of a row being equal (docs/contract.md, "Inputs").
+
+    Args:
+        config: a Qwen2 configuration; `rope_theta` and scaling are read in the old and the new spelling.
+        head_size: the size of a head, even.
+        dtype: the dtype of the result; the tables are computed in float32.
+
+    Returns:
+        cos and sin, both [max_position_embeddings, head_size].
+
+    Raises:
+        NotImplementedError: rope scaling other than linear.
+    """
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear"):
+        raise NotImplementedError(f"rope scaling must be default or linear, got {kind}: others are not built")
+    theta = rope.get("rope_theta", getattr(config, "rope_theta", None)) or 10000.0
+    factor = rope.get("factor", 1.0) if kind == "linear" else 1.0
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
+    inv_freq = (1.0 / theta**exponents) / factor
+    angles = torch.arange(config.max_position_embeddings, dtype=torch.float32).unsqueeze(1) * inv_freq
+    angles = torch.cat([angles, angles], dim=1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in _DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype}")
+    return found
+
+
+def _check_config(config: Any) -> None:
+    model_type = getattr(config, "model_type", "qwen2")
+    if model_type != "qwen2":
+        raise NotImplementedError(
+            f"model_type must be qwen2, got {model_type}: other architectures are not built"
+        )
+    if getattr(config, "use_sliding_window", False):
+        raise NotImplementedError("use_sliding_window is true, which is not built; only full attention is")
+    activation = getattr(config, "hidden_act", "silu")
+    if activation != "silu":
+        raise NotImplementedError(f"hidden_act must be silu, got {activation}: others are not built")
+
+
+class FlashQwen2ForCausalLM:
+    """Qwen2 and Qwen2.5 with paged attention.
+
+    Attributes:
+        acl_encoder_operation, acl_decoder_operation: the prefill and the decode object.
+        ascend_weight: the weight list that both hold, in slot order.
+        cache: the paged cache that generate and compute_logits use; made at first use.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        weights: Mapping[str, torch.Tensor],
+        *,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "bfloat16",
+        tokenizer: Any | None = None,
+        stop_tokens: frozenset[int] = frozenset(),
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        num_blocks: int | None = None,
+        cache_gb: float | None = None,
+    ) -> None:
+        """Keeps the parts; the first step sets the objects up.
+
+        Args:
+            config: a transformers Qwen2Config, or anything with its attributes.
+            weights: tensors by checkpoint name. Those of the right dtype and device are used as they are.
+            device: where to run; only "cpu" today.
+            dtype: "bfloat16" or "float32", the type of weights, cache and activations.
+            tokenizer: a transformers tokenizer, or None: then prompts must be token lists.
+            stop_tokens: ids that end an answer.
+            block_size: tokens of a cache block.
+            num_blocks: blocks of the cache; None takes cache_gb.
+            cache_gb: GiB of the cache; None takes the smaller of 4 and a quarter of free memory.
+
+        Raises:
+            ValueError: an unknown dtype, or sizes that contradict each other.
+            NotImplementedError: an architecture, a feature or a device that is not built.
+        """
+        _check_config(config)
+        self.config = config
+        self.device = torch.device(device)
+        if self.device.type != "cpu":
+            raise NotImplementedError(f"device must be cpu, got {self.device}: other devices are not built")
+        self.dtype = _checked_dtype(dtype)
+        self.tokenizer = tokenizer
+        self.stop_tokens = stop_tokens
+        self.num_layers: int = config.num_hidden_layers
+        self.num_heads: int = config.num_attention_heads
+        self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or self.num_heads
+        self.hidden_size: int = config.hidden_size
+        self.head_size: int = getattr(config, "head_dim", None) or self.hidden_size // self.num_heads
+        self.vocab_size: int = config.vocab_size
+        self.max_positions: int = config.max_position_embeddings
+        self.cos_table, self.sin_table = rope_tables(config, self.head_size, self.dtype)
+        self.placeholder = torch.ones(1, dtype=self.dtype)
+        self.ascend_weight: list[torch.Tensor] = []
+        self._weights = weights
+        self._bound_cache: list[torch.Tensor] = []
+        self._cache_options = {"block_size": block_size, "num_blocks": num_blocks, "cache_gb": cache_gb}
+        self._cache: PagedCache | None = None
+        self.init_ascend_operations(config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "bfloat16",
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        num_blocks: int | None = None,
+        cache_gb: float | None = None,
+    ) -> FlashQwen2ForCausalLM:
+        """Opens a Hugging Face checkpoint: config.json, safetensors, and a tokenizer if there is one.
+
+        Weights are memory-mapped; those that already have `dtype` are not copied.
+
+        Args:
+            path_or_hub_id: a folder, or owner/name on the hub.
+            device: see __init__.
+            dtype: see __init__.
+            block_size: see __init__.
+            num_blocks: see __init__.
+            cache_gb: see __init__.
+
+        Raises:
+            FileNotFoundError: no such checkpoint, or one with a file missing.
+            ValueError: a tensor that is missing or has the wrong shape, and as __init__.
+            NotImplementedError: as __init__.
+            ImportError: the extra [hf] is not installed.
+        """
+        folder = checkpoint.resolve(path_or_hub_id)
+        config = checkpoint.open_config(folder)
+        model = cls(
+            config,
+            checkpoint.SafetensorsWeights(folder),
+            device=device,
+            dtype=dtype,
+            tokenizer=checkpoint.open_tokenizer(folder),
+            stop_tokens=checkpoint.stop_tokens(folder, config),
+            block_size=block_size,
+            num_blocks=num_blocks,
+            cache_gb=cache_gb,
+        )
+        model.init_ascend_weight()
+        return model
+
+    # ---- the helpers of a step ------------------------------------------------------------------------------
+
+    def init_ascend_operations(self, config: Any) -> None:
+        """Makes the prefill (encoder) and the decode (decoder) object and gives both their parameters."""
+        parameters = {
+            "isFA": False,
+            "isBF16": self.dtype == torch.bfloat16,
+            "withEmbedding": True,
+            "isEmbeddingParallel": True,
+            "isLmHeadParallel": True,
+            "lmHeadTransposeType": 1,
+            "supportSwiGLU": True,
+            "rmsNormEps": config.rms_norm_eps,
+            "numAttentionHeadsPerRank": self.num_heads,
+            "hiddenSizePerAttentionHead": self.head_size,
+            "numHiddenLayers": self.num_layers,
+            "numKeyValueHeadsPerRank": self.num_kv_heads,
+            "rank": 0,
+            "worldSize": 1,
+            "backend": "hccl",
+            "packQuantType": [[_MIXED, _MIXED]] * self.num_layers,
+            "linearQuantType": [[0] * 7] * self.num_layers,
+            "linearTransposeType": [[1] * 7] * self.num_layers,
+        }
+        self.acl_encoder_operation = torch.classes.ModelTorch.ModelTorch("qwen_PAModel")
+        self.acl_decoder_operation = torch.classes.ModelTorch.ModelTorch("qwen_PAModel")
+        self.acl_encoder_operation.set_param(
+            json.dumps({**parameters, "isPrefill": True, "supportLcoc": False})
+        )
+        self.acl_decoder_operation.set_param(
+            json.dumps({**parameters, "isPrefill": False, "supportLcoc": False})
+        )
+
+    def get_weights(self) -> list[torch.Tensor]:
+        """The weight list in slot order, as the C++ side describes it; unused slots hold one element.
+
+        Raises:
+            ValueError: the checkpoint lacks a tensor.
+        """
+        specs = json.loads(self.acl_encoder_operation.weight_spec())
+        unused = torch.zeros(1, dtype=torch.float16)
+        weights = [unused] * (specs[-1]["slot"] + 1)
+        for spec in _with_progress(specs):
+            name = spec["checkpoint"]
+            if name == "lm_head.weight" and self._is_tied():
+                weights[spec["slot"]] = weights[0]
+                continue
+            if name not in self._weights:
+                raise ValueError(f"the checkpoint lacks the tensor {name}")
+            weights[spec["slot"]] = self._weights[name].to(device=self.device, dtype=self.dtype)
+        return weights
+
+    def init_ascend_weight(self) -> None:
+        """Hands the weight list to both objects and keeps it."""
+        self.ascend_weight = self.get_weights()
+        self.acl_encoder_operation.set_weight(self.ascend_weight)
+        self.acl_decoder_operation.set_weight(self.ascend_weight)
+
+    def init_kvcache(self, kv_cache: KvCache) -> None:
+        """Hands the caches to both objects, unless they hold these very tensors already.
+
+        Args:
+            kv_cache: (key, value) a layer, each [blocks, block_size, kv_heads, head_size].
+        """
+        tensors = [tensor for pair in kv_cache for tensor in pair]
+        same = len(tensors) == len(self._bound_cache) and all(
+            new is old for new, old in zip(tensors, self._bound_cache, strict=True)
+        )
+        if same:
+            return
+        keys, values = tensors[0::2], tensors[1::2]
+        self.acl_encoder_operation.set_kv_cache(keys, values)
+        self.acl_decoder_operation.set_kv_cache(keys, values)
+        self._bound_cache = tensors
+
+    def prepare_inputs_for_ascend(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        is_prefill: bool,
+        kv_cache: KvCache,
+        block_tables: torch.Tensor,
+        slots: torch.Tensor,
+        input_lengths: torch.Tensor,
+        max_seq_len: int,
+        lm_head_indices: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[list[torch.Tensor], str]:
+        """The input list of a step in the 2024 order, and its JSON. Arguments are those of forward.
+
+        Raises:
+            NotImplementedError: a keyword argument that asks for a feature that is not built.
+        """
+        for name, value in kwargs.items():
+            if value is not None:
+                raise NotImplementedError(f"forward does not take {name} yet, got {value!r}")
+        if not is_prefill:
+            lm_head_indices = self.placeholder
+        elif lm_head_indices is None:
+            lm_head_indices = torch.arange(input_ids.shape[0], dtype=torch.int64, device=self.device)
+        inputs = [
+            input_ids,
+            position_ids.to(torch.int64),
+            self.cos_table,
+            self.sin_table,
+            self.placeholder,  # the mask: attention is causal whatever it holds
+            block_tables.to(torch.int32),
+            slots.to(torch.int32),
+            self.placeholder,
+            self.placeholder,
+            input_lengths.to(torch.int32),
+            lm_head_indices.to(torch.int64) if is_prefill else lm_head_indices,
+            self.placeholder,
+        ]
+        return inputs, json.dumps({"seqLen": input_lengths.tolist()})
+
+    def execute_ascend_operator(
+        self, acl_inputs: list[torch.Tensor], acl_param: str, is_prefill: bool
+    ) -> torch.Tensor:
+        """Runs a prepared step; returns the logits."""
+        operation = self.acl_encoder_operation if is_prefill else self.acl_decoder_operation
+        logits: torch.Tensor = operation.execute(acl_inputs, acl_param)[0]
+        return logits
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        is_prefill: bool,
+        kv_cache: KvCache,
+        block_tables: torch.Tensor,
+        slots: torch.Tensor,
+        input_lengths: torch.Tensor,
+        max_seq_len: int,
+        lm_head_indices: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """One step of unpadded tokens.
+
+        Args:
+            input_ids: int64 [n], the sequences one after the other (one token each in decode).
+            position_ids: int64 [n].
+            is_prefill: whole prompts; false: one new token a sequence.
+            kv_cache: see init_kvcache; written in place.
+            block_tables: int32 [B, width].
+            slots: int32 [n], where each token's key and value go; -1 drops them.
+            input_lengths: int32 [B], prompt lengths, or contexts including the new token in decode.
+            max_seq_len: the longest context; kept for callers, not needed here.
+            lm_head_indices: int64 [rows], the tokens whose logits are wanted; None: all. Ignored in decode.
+            **kwargs: features that are not built are refused unless None.
+
+        Returns:
+            Logits [rows, vocab] ([B, vocab] in decode) in the model's dtype.
+
+        Raises:
+            ValueError: inputs that do not fit each other, named with expected and given.
+        """
+        if not self.ascend_weight:
+            self.init_ascend_weight()
+        self.init_kvcache(kv_cache)
+        acl_inputs, acl_param = self.prepare_inputs_for_ascend(
+            input_ids,
+            position_ids,
+            is_prefill,
+            kv_cache,
+            block_tables,
+            slots,
+            input_lengths,
+            max_seq_len,
+            lm_head_indices,
+            **kwargs,
+        )
+        return self.execute_ascend_operator(acl_inputs, acl_param, is_prefill)
+
+    __call__ = forward
+
+    # ---- whole answers --------------------------------------------------------------------------------------
+
+    @property
+    def cache(self) -> PagedCache:
+        """The paged cache, made at first use with the sizes given to __init__."""
+        if self._cache is None:
+            sizes: dict[str, Any] = {
+                "num_layers": self.num_layers,
+                "block_size": self._cache_options["block_size"],
+                "kv_heads": self.num_kv_heads,
+                "head_size": self.head_size,
+                "dtype": self.dtype,
+            }
+            blocks = self._cache_options["num_blocks"]
+            if blocks is None:
+                blocks = PagedCache.blocks_for_memory(self._cache_options["cache_gb"], **sizes)  # type: ignore[arg-type]
+            self._cache = PagedCache(num_blocks=int(blocks), device=self.device, **sizes)
+        return self._cache
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt; a token list is returned as it is.
+
+        Raises:
+            ValueError: text without a tokenizer.
+        """
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer: pass lists of token ids instead of text")
+        return list(self.tokenizer(prompt)["input_ids"])
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int | None = None,
+        ignore_eos: bool = False,
+        temperature: float = 0.0,
+    ) -> list[Generation]:
+        """Answers prompts with continuous batching: requests enter and leave the batch between steps.
+
+        Args:
+            prompts: texts or lists of token ids; a single text is a list of one.
+            max_new_tokens: most tokens of an answer; None: 256, or what the positions of the model leave.
+            ignore_eos: go on to max_new_tokens.
+            temperature: 0 is greedy; otherwise tokens are drawn with torch's generator.
+
+        Returns:
+            One Generation a prompt, in order.
+
+        Raises:
+            ValueError: an empty prompt, an id outside the vocabulary, or a request that can never fit the positions
+                of the model or the cache. Nothing has run then.
+        """
+        given: Sequence[str] | Sequence[Sequence[int]] = [prompts] if isinstance(prompts, str) else prompts
+        requests = [
+            Request(self.encode(prompt), max_new_tokens, ignore_eos=ignore_eos, temperature=temperature)
+            for prompt in given
+        ]
+        return Engine(self).run(requests)
+
+    def compute_logits(self, token_lists: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """Logits of every position, through the paged path.
+
+        Args:
+            token_lists: sequences of token ids, none empty.
+
+        Returns:
+            A float32 tensor [len, vocab] a sequence.
+
+        Raises:
+            ValueError: as generate.
+        """
+        return Engine(self).compute_logits([list(tokens) for tokens in token_lists])
+
+    def _is_tied(self) -> bool:
+        return bool(self.config.tie_word_embeddings) or "lm_head.weight" not in self._weights
+
+
+def _with_progress(specs: list[dict[str, Any]]) -> Any:
+    """The weights to load, with a progress bar on a terminal where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return specs
+    return tqdm(specs, desc="weights", unit="tensor", disable=None, leave=False)

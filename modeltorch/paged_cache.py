@@ -1,0 +1,107 @@
+"""The paged key and value cache: one pool of blocks a layer, shared by all sequences."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
+DEFAULT_BLOCK_SIZE = 128
+
+
+def available_memory() -> int:
+    """Bytes of main memory that can be taken without swapping."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+class PagedCache:
+    """Blocks of cache rows for every layer, and the list of those that are free.
+
+    Token p of a sequence that owns `blocks` lies in block blocks[p // block_size], row p % block_size; its slot is
+    that block * block_size + that row (docs/contract.md, "Caches").
+
+    Attributes:
+        pairs: (key, value) of each layer, both [num_blocks, block_size, kv_heads, head_size].
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}")
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
+        shape = (num_blocks, block_size, kv_heads, head_size)
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        # Uninitialised on purpose: rows that were never written are never read, and untouched pages cost nothing.
+        self.pairs = [
+            (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+            for _ in range(num_layers)
+        ]
+        self._free = list(range(num_blocks - 1, -1, -1))
+
+    @staticmethod
+    def blocks_for_memory(
+        cache_gb: float | None,
+        *,
+        num_layers: int,
+        block_size: int,
+        kv_heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+    ) -> int:
+        """Number of blocks that fit cache_gb GiB; None takes the smaller of 4 GiB and a quarter of free memory.
+
+        Raises:
+            ValueError: not even one block fits.
+        """
+        block_bytes = 2 * num_layers * block_size * kv_heads * head_size * dtype.itemsize
+        budget = min(4 * GIB, available_memory() // 4) if cache_gb is None else int(cache_gb * GIB)
+        if budget < block_bytes:
+            raise ValueError(
+                f"a cache of {budget / GIB:.3f} GiB does not hold one block of {block_size} tokens "
+                f"({block_bytes / GIB:.3f} GiB); raise cache_gb or lower block_size"
+            )
+        return min(budget // block_bytes, (2**31 - 1) // block_size)
+
+    @property
+    def free_blocks(self) -> int:
+        """Number of blocks that nobody owns."""
+        return len(self._free)
+
+    def blocks_needed(self, tokens: int) -> int:
+        """Blocks that hold this many tokens of one sequence."""
+        return -(-tokens // self.block_size)
+
+    def allocate(self, count: int) -> list[int]:
+        """Takes `count` blocks.
+
+        Raises:
+            RuntimeError: fewer are free.
+        """
+        if count > len(self._free):
+            raise RuntimeError(
+                f"the cache is out of blocks: {count} needed, {len(self._free)} of {self.num_blocks} free"
+            )
+        return [self._free.pop() for _ in range(count)]
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Gives blocks back."""
+        self._free.extend(blocks)

@@ -1,0 +1,10 @@
+"""Test-wide settings: how many random cases, and no time limit on a case (machines are shared)."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+_QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+settings.register_profile("short", max_examples=25, **_QUIET)
+settings.register_profile("long", max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
