@@ -66,8 +66,7 @@ class Subject:
         if shape not in shapes.SHAPES:
             raise ValueError(f"--shape must be one of {', '.join(shapes.SHAPES)}, got {shape}")
         config = shapes.SHAPES[shape]
-        torch_dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
-        weights = config.random_weights(torch_dtype, device)
+        weights = config.random_weights(getattr(torch, dtype), device)
         model = FlashQwen2ForCausalLM(config, weights, device=device, dtype=dtype, **options)
         model.init_ascend_weight()
         return cls(shape, model)

@@ -21,7 +21,7 @@ from modeltorch.paged_cache import DEFAULT_BLOCK_SIZE, PagedCache
 
 KvCache = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MIXED = 4  # packQuantType MIX_W8A8: with float linears it says only that q, k, v and gate, up are separate
 
 
@@ -100,7 +100,7 @@ class FlashQwen2ForCausalLM:
             config: a transformers Qwen2Config, or anything with its attributes.
             weights: tensors by checkpoint name. Those of the right dtype and device are used as they are.
             device: where to run; only "cpu" today.
-            dtype: "bfloat16" or "float32", the type of weights, cache and activations.
+            dtype: "bfloat16", "float16" or "float32", the type of weights, cache and activations.
             tokenizer: a transformers tokenizer, or None: then prompts must be token lists.
             stop_tokens: ids that end an answer.
             block_size: tokens of a cache block.

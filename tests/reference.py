@@ -11,7 +11,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import modeltorch  # noqa: F401  registers torch.classes.ModelTorch
 
 DEVICES = ["cpu"]
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNUSED_WEIGHT = torch.zeros(1, dtype=torch.float16)
 
 

@@ -38,7 +38,8 @@ template <class... Parts>
   throw Error(kind, concat(parts...));
 }
 
-/// Throws a value error with the streamed parts unless `condition` holds. Parts are only formatted on failure.
+/// Throws a value error with the streamed parts unless `condition` holds. Parts are only formatted on
+/// failure.
 template <class... Parts>
 inline void check(bool condition, const Parts&... parts) {
   if (!condition) [[unlikely]] {

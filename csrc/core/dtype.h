@@ -6,8 +6,8 @@
 
 namespace modeltorch {
 
-/// Element types that a tensor may have at the door. Kernels exist for a subset of them; kOther stands for the
-/// types that no operation takes (float64, complex, ...).
+/// Element types that a tensor may have at the door. Kernels exist for a subset of them; kOther stands for
+/// the types that no operation takes (float64, complex, ...).
 enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16, kInt8, kUInt8, kInt32, kInt64, kBool, kOther };
 
 /// Bytes of one element.
@@ -28,11 +28,13 @@ constexpr size_t dtype_size(DType dtype) {
 
 /// The name that PyTorch prints, without its `torch.` prefix.
 constexpr const char* dtype_name(DType dtype) {
-  constexpr const char* kNames[] = {"float32", "bfloat16", "float16", "int8",
-                                    "uint8",   "int32",    "int64",   "bool",    "an unsupported type "};
+  constexpr const char* kNames[] = {
+      "float32", "bfloat16", "float16", "int8", "uint8", "int32", "int64", "bool", "an unsupported type "};
   return kNames[static_cast<int>(dtype)];
 }
 
-inline std::ostream& operator<<(std::ostream& out, DType dtype) { return out << dtype_name(dtype); }
+inline std::ostream& operator<<(std::ostream& out, DType dtype) {
+  return out << dtype_name(dtype);
+}
 
 }  // namespace modeltorch

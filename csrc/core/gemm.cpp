@@ -2,8 +2,8 @@
 
 #include <atomic>
 
-#include "core/bfloat16.h"
 #include "core/check.h"
+#include "core/half_floats.h"
 
 namespace modeltorch {
 namespace {
@@ -32,6 +32,8 @@ void gemm_plain(const GemmArgs& args) {
       return gemm_loop<float>(args);
     case DType::kBFloat16:
       return gemm_loop<BFloat16>(args);
+    case DType::kFloat16:
+      return gemm_loop<Float16>(args);
     default:
       fail(ErrorKind::kNotImplemented, "gemm: no kernel for ", args.dtype);
   }
@@ -41,8 +43,12 @@ std::atomic<GemmFunction> installed_gemm{gemm_plain};
 
 }  // namespace
 
-void set_gemm(GemmFunction function) { installed_gemm.store(function); }
+void set_gemm(GemmFunction function) {
+  installed_gemm.store(function);
+}
 
-void gemm(const GemmArgs& args) { installed_gemm.load(std::memory_order_relaxed)(args); }
+void gemm(const GemmArgs& args) {
+  installed_gemm.load(std::memory_order_relaxed)(args);
+}
 
 }  // namespace modeltorch

@@ -10,8 +10,12 @@ ParallelBackend installed_backend{
 
 }  // namespace
 
-void set_parallel_backend(const ParallelBackend& backend) { installed_backend = backend; }
+void set_parallel_backend(const ParallelBackend& backend) {
+  installed_backend = backend;
+}
 
-const ParallelBackend& parallel_backend() { return installed_backend; }
+const ParallelBackend& parallel_backend() {
+  return installed_backend;
+}
 
 }  // namespace modeltorch

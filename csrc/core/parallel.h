@@ -29,7 +29,8 @@ void parallel_for(int64_t count, int64_t grain, Body&& body) {
   const ParallelBody call = [](void* context, int64_t begin, int64_t end) {
     (*static_cast<Plain*>(context))(begin, end);
   };
-  parallel_backend().run(count, grain, call, const_cast<void*>(static_cast<const void*>(std::addressof(body))));
+  parallel_backend().run(count, grain, call,
+                         const_cast<void*>(static_cast<const void*>(std::addressof(body))));
 }
 
 }  // namespace modeltorch

@@ -11,8 +11,8 @@ namespace modeltorch {
 
 /// Which count of a run dimension 0 of a tensor follows.
 ///
-/// A plan is made for a bucket of sizes; a run brings the true ones. Only dimension 0 ever differs between the
-/// two, so one tag a tensor is all the symbolic shape arithmetic that the runner needs.
+/// A plan is made for a bucket of sizes; a run brings the true ones. Only dimension 0 ever differs between
+/// the two, so one tag a tensor is all the symbolic shape arithmetic that the runner needs.
 enum class Rows : uint8_t {
   kFixed,      ///< dimension 0 is the same in every run
   kTokens,     ///< tokens of the step, n

@@ -11,8 +11,12 @@ WarningHandler installed_handler = [](const std::string& message) {
 
 }  // namespace
 
-void set_warning_handler(WarningHandler handler) { installed_handler = handler; }
+void set_warning_handler(WarningHandler handler) {
+  installed_handler = handler;
+}
 
-void warn(const std::string& message) { installed_handler(message); }
+void warn(const std::string& message) {
+  installed_handler(message);
+}
 
 }  // namespace modeltorch

@@ -9,8 +9,8 @@ namespace modeltorch {
 
 /// Replaces groups of nodes by a fused node. Returns true if it changed the graph.
 ///
-/// A pass is registered under the name of the fused operation, and only runs for devices that have a kernel of
-/// that name: a device that lacks it keeps the plain nodes.
+/// A pass is registered under the name of the fused operation, and only runs for devices that have a kernel
+/// of that name: a device that lacks it keeps the plain nodes.
 using FusionPass = bool (*)(Graph& graph);
 
 bool register_fusion(std::string_view fused_operation, FusionPass pass);

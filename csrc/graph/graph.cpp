@@ -29,7 +29,8 @@ Value GraphBuilder::add_value(std::string name, ValueKind kind, int32_t slot) {
   return {static_cast<int32_t>(graph_.values.size()) - 1};
 }
 
-std::vector<Value> GraphBuilder::add(std::string_view name, OperationPtr operation, std::vector<Value> inputs) {
+std::vector<Value> GraphBuilder::add(std::string_view name, OperationPtr operation,
+                                     std::vector<Value> inputs) {
   for (const Value value : inputs) {
     check(value.id >= 0 && value.id < static_cast<int32_t>(graph_.values.size()), operation->name(),
           ": an input is not a value of this graph");

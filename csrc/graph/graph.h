@@ -55,7 +55,9 @@ class GraphBuilder {
  public:
   /// External values. `slot` is the caller's index for binding.
   Value input(std::string name, int32_t slot) { return add_value(std::move(name), ValueKind::kInput, slot); }
-  Value weight(std::string name, int32_t slot) { return add_value(std::move(name), ValueKind::kWeight, slot); }
+  Value weight(std::string name, int32_t slot) {
+    return add_value(std::move(name), ValueKind::kWeight, slot);
+  }
   Value cache(std::string name, int32_t slot) { return add_value(std::move(name), ValueKind::kCache, slot); }
 
   /// Appends a node and returns its outputs, named `<scope>.<name>`.

@@ -14,9 +14,9 @@ namespace modeltorch {
 
 /// The host's knowledge of one step: true counts and lengths, which a plan does not contain.
 struct StepInfo {
-  int64_t tokens = 0;      ///< n, rows of the token dimension
-  int64_t sequences = 0;   ///< B
-  int64_t logit_rows = 0;  ///< rows of the returned logits
+  int64_t tokens = 0;                     ///< n, rows of the token dimension
+  int64_t sequences = 0;                  ///< B
+  int64_t logit_rows = 0;                 ///< rows of the returned logits
   std::vector<int32_t> sequence_lengths;  ///< [B], "seqLen" of the call
 
   int64_t rows(Rows rows) const {

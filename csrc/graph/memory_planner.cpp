@@ -6,9 +6,13 @@
 namespace modeltorch {
 namespace {
 
-size_t align_up(size_t bytes) { return (bytes + kArenaAlignment - 1) / kArenaAlignment * kArenaAlignment; }
+size_t align_up(size_t bytes) {
+  return (bytes + kArenaAlignment - 1) / kArenaAlignment * kArenaAlignment;
+}
 
-bool meet(const Lifetime& a, const Lifetime& b) { return a.first <= b.last && b.first <= a.last; }
+bool meet(const Lifetime& a, const Lifetime& b) {
+  return a.first <= b.last && b.first <= a.last;
+}
 
 }  // namespace
 
@@ -32,9 +36,9 @@ MemoryPlan plan_memory(std::span<const Lifetime> lifetimes) {
     }
     plan.offsets[index] = offset;
     plan.arena_bytes = std::max(plan.arena_bytes, offset + bytes);
-    const auto place = std::upper_bound(placed.begin(), placed.end(), offset, [&](size_t value, size_t other) {
-      return value < plan.offsets[other];
-    });
+    const auto place =
+        std::upper_bound(placed.begin(), placed.end(), offset,
+                         [&](size_t value, size_t other) { return value < plan.offsets[other]; });
     placed.insert(place, index);
   }
   return plan;

@@ -7,7 +7,8 @@
 
 namespace modeltorch {
 
-/// A tensor that must exist from node `first` (which writes it) to node `last` (which reads it last), inclusive.
+/// A tensor that must exist from node `first` (which writes it) to node `last` (which reads it last),
+/// inclusive.
 struct Lifetime {
   size_t bytes = 0;
   int64_t first = 0;

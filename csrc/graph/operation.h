@@ -1,6 +1,8 @@
 #pragma once
 
+#include <map>
 #include <memory>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -23,5 +25,26 @@ class Operation {
 };
 
 using OperationPtr = std::shared_ptr<const Operation>;
+
+/// Parameters of a single operation by name, for callers who make one without a model.
+class OperationParameters {
+ public:
+  explicit OperationParameters(std::map<std::string, double> values) : values_(std::move(values)) {}
+
+  /// Throws Error if the parameter was not given.
+  double number(const std::string& name) const;
+  int64_t integer(const std::string& name) const { return static_cast<int64_t>(number(name)); }
+
+ private:
+  std::map<std::string, double> values_;
+};
+
+using OperationFactory = OperationPtr (*)(const OperationParameters& parameters);
+
+/// Makes an operation known by name; called by a static object of the operation's file.
+bool register_operation(std::string_view name, OperationFactory factory);
+
+/// Makes the operation `name`. Throws Error listing the known names, or naming a missing parameter.
+OperationPtr make_operation(const std::string& name, const OperationParameters& parameters);
 
 }  // namespace modeltorch

@@ -25,12 +25,13 @@ const TensorView& external_view(const ValueInfo& info, const Bindings& bindings)
 
 int64_t bucket_size(int64_t count) {
   constexpr int64_t kStep = 64;
-  if (count <= kStep) return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(count, 1))));
+  if (count <= kStep)
+    return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(count, 1))));
   return (count + kStep - 1) / kStep * kStep;
 }
 
-Plan::Plan(const Graph& graph, const Bucket& bucket, const Bindings& bindings, std::span<const Rows> input_rows,
-           Device device)
+Plan::Plan(const Graph& graph, const Bucket& bucket, const Bindings& bindings,
+           std::span<const Rows> input_rows, Device device)
     : graph_(graph), bucket_(bucket), descs_(graph.values.size()), views_(graph.values.size()) {
   infer_shapes(bindings, input_rows);
   set_up_kernels(device);
@@ -94,7 +95,8 @@ void Plan::plan_arena() {
   }
   for (size_t id = 0; id < graph_.values.size(); ++id) {
     const ValueKind kind = graph_.values[id].kind;
-    if (kind == ValueKind::kInput || kind == ValueKind::kOutput) step_values_.push_back(static_cast<int32_t>(id));
+    if (kind == ValueKind::kInput || kind == ValueKind::kOutput)
+      step_values_.push_back(static_cast<int32_t>(id));
     if (kind != ValueKind::kIntermediate || writer[id] < 0) continue;
     arena_values_.push_back(static_cast<int32_t>(id));
     lifetimes.push_back({descs_[id].bytes(), writer[id], last_reader[id]});
@@ -113,7 +115,8 @@ void Plan::plan_arena() {
 void Plan::bind_persistent(const Bindings& bindings, int64_t version) {
   for (size_t id = 0; id < graph_.values.size(); ++id) {
     const ValueInfo& info = graph_.values[id];
-    if (info.kind == ValueKind::kWeight || info.kind == ValueKind::kCache) views_[id] = external_view(info, bindings);
+    if (info.kind == ValueKind::kWeight || info.kind == ValueKind::kCache)
+      views_[id] = external_view(info, bindings);
   }
   bound_version_ = version;
 }
@@ -159,13 +162,15 @@ std::string Plan::describe() const {
       text += concat(i ? ", " : "", graph_.values[id].name, " ", descs_[id]);
     }
     text += ") ->";
-    for (const Value value : node.outputs) text += concat(" ", graph_.values[value.id].name, " ", descs_[value.id]);
+    for (const Value value : node.outputs)
+      text += concat(" ", graph_.values[value.id].name, " ", descs_[value.id]);
     text += "\n";
   }
   text += "memory plan\n";
   for (size_t index = 0; index < arena_values_.size(); ++index) {
     const int32_t id = arena_values_[index];
-    text += concat("  ", memory_.offsets[index], " + ", descs_[id].bytes(), "  ", graph_.values[id].name, "\n");
+    text +=
+        concat("  ", memory_.offsets[index], " + ", descs_[id].bytes(), "  ", graph_.values[id].name, "\n");
   }
   return text;
 }

@@ -41,7 +41,8 @@ int64_t bucket_size(int64_t count);
 /// A graph set up for one bucket on one device: inferred shapes, a memory plan and a kernel for every node.
 class Plan {
  public:
-  /// Infers every shape once, plans the arena and sets every kernel up. `input_rows` has an entry per input slot.
+  /// Infers every shape once, plans the arena and sets every kernel up. `input_rows` has an entry per input
+  /// slot.
   Plan(const Graph& graph, const Bucket& bucket, const Bindings& bindings, std::span<const Rows> input_rows,
        Device device);
 
@@ -74,11 +75,11 @@ class Plan {
 
   const Graph& graph_;
   Bucket bucket_;
-  std::vector<TensorDesc> descs_;       ///< by value id, at bucket size
-  std::vector<TensorView> views_;       ///< by value id, as of this run
-  std::vector<NodeRun> runs_;           ///< by node
-  std::vector<int32_t> arena_values_;   ///< values in the arena; their offsets come first in memory_
-  std::vector<int32_t> step_values_;    ///< inputs and outputs, taken from the caller in every run
+  std::vector<TensorDesc> descs_;      ///< by value id, at bucket size
+  std::vector<TensorView> views_;      ///< by value id, as of this run
+  std::vector<NodeRun> runs_;          ///< by node
+  std::vector<int32_t> arena_values_;  ///< values in the arena; their offsets come first in memory_
+  std::vector<int32_t> step_values_;   ///< inputs and outputs, taken from the caller in every run
   MemoryPlan memory_;
   std::byte* arena_ = nullptr;
   void* stream_ = nullptr;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/check.h"
 #include "graph/fusion.h"
 
 namespace modeltorch {
@@ -10,6 +11,11 @@ namespace modeltorch {
 GraphRunner::GraphRunner(Graph graph, std::vector<Rows> input_rows, Device device)
     : graph_(std::move(graph)), input_rows_(std::move(input_rows)), device_(device) {
   fuse(graph_, device.type);
+  for (const Node& node : graph_.nodes) {
+    if (find_kernel(node.operation->name(), device.type) != nullptr) continue;
+    fail(ErrorKind::kNotImplemented, "node ", node.name, ": this build has no ", node.operation->name(),
+         " for device ", device);
+  }
 }
 
 void GraphRunner::bind_weights(std::vector<TensorView> weights) {
@@ -19,18 +25,17 @@ void GraphRunner::bind_weights(std::vector<TensorView> weights) {
 }
 
 void GraphRunner::bind_caches(std::vector<TensorView> caches) {
-  const bool same = std::equal(caches.begin(), caches.end(), caches_.begin(), caches_.end(),
-                               [](const TensorView& a, const TensorView& b) {
-                                 return a.dtype == b.dtype && a.dims == b.dims;
-                               });
+  const bool same = std::equal(
+      caches.begin(), caches.end(), caches_.begin(), caches_.end(),
+      [](const TensorView& a, const TensorView& b) { return a.dtype == b.dtype && a.dims == b.dims; });
   if (!same) plans_.clear();
   caches_ = std::move(caches);
   ++version_;
 }
 
 Plan& GraphRunner::plan_for(const Bucket& bucket, const Bindings& bindings) {
-  const auto found = std::find_if(plans_.begin(), plans_.end(),
-                                  [&](const Plan& plan) { return plan.bucket() == bucket; });
+  const auto found =
+      std::find_if(plans_.begin(), plans_.end(), [&](const Plan& plan) { return plan.bucket() == bucket; });
   if (found != plans_.end()) {
     plans_.splice(plans_.begin(), plans_, found);
     return plans_.front();

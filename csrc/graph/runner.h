@@ -65,8 +65,8 @@ class GraphRunner {
   Device device_;
   std::vector<TensorView> weights_;
   std::vector<TensorView> caches_;
-  int64_t version_ = 0;             ///< grows with every binding of weights or caches
-  std::list<Plan> plans_;           ///< most recently used first
+  int64_t version_ = 0;    ///< grows with every binding of weights or caches
+  std::list<Plan> plans_;  ///< most recently used first
   Counters counters_;
 };
 

@@ -23,13 +23,19 @@ std::string shapes(const std::vector<const TensorView*>& views) {
   return text;
 }
 
-bool observed() { return installed_observer.active != nullptr && installed_observer.active(); }
+bool observed() {
+  return installed_observer.active != nullptr && installed_observer.active();
+}
 
 }  // namespace
 
-void set_node_observer(const NodeObserver& observer) { installed_observer = observer; }
+void set_node_observer(const NodeObserver& observer) {
+  installed_observer = observer;
+}
 
-bool tracing() { return environment().trace || observed(); }
+bool tracing() {
+  return environment().trace || observed();
+}
 
 NodeSpan::NodeSpan(const NodeEvent& event) : event_(event) {
   if (observed()) token_ = installed_observer.begin(event_);

@@ -16,8 +16,8 @@ struct NodeEvent {
 
 /// Sees every node of a step. Installed once, at load (a profiler's record function, for example).
 struct NodeObserver {
-  bool (*active)() = nullptr;                    ///< asked once a step; false costs nothing more
-  void* (*begin)(const NodeEvent&) = nullptr;    ///< returns a token for `end`
+  bool (*active)() = nullptr;                  ///< asked once a step; false costs nothing more
+  void* (*begin)(const NodeEvent&) = nullptr;  ///< returns a token for `end`
   void (*end)(void* token) = nullptr;
 };
 

@@ -8,17 +8,15 @@ namespace modeltorch {
 
 using enum DecoderInput;
 
-const InputOrder kOrder2024{
-    "2024",
-    "qwen_QwenDecoderModel",
-    {kIds, kPositions, kCosTable, kSinTable, kMask, kBlockTables, kSlots, kUnused, kUnused, kSeqLen, kLogitsIndices,
-     kUnused}};
+const InputOrder kOrder2024{"2024",
+                            "qwen_QwenDecoderModel",
+                            {kIds, kPositions, kCosTable, kSinTable, kMask, kBlockTables, kSlots, kUnused,
+                             kUnused, kSeqLen, kLogitsIndices, kUnused}};
 
-const InputOrder kOrderCurrent{
-    "current",
-    "qwen_DecoderModel",
-    {kIds, kPositions, kCosTable, kSinTable, kMask, kBlockTables, kSlots, kUnused, kUnused, kUnused, kSeqLen,
-     kLogitsIndices}};
+const InputOrder kOrderCurrent{"current",
+                               "qwen_DecoderModel",
+                               {kIds, kPositions, kCosTable, kSinTable, kMask, kBlockTables, kSlots, kUnused,
+                                kUnused, kUnused, kSeqLen, kLogitsIndices}};
 
 std::vector<Rows> decoder_input_rows() {
   std::vector<Rows> rows(kDecoderInputCount, Rows::kFixed);
@@ -30,8 +28,9 @@ std::vector<Rows> decoder_input_rows() {
 
 namespace {
 
-constexpr const char* kInputNames[] = {"input_ids",   "position_ids", "cos_table", "sin_table",     "attention_mask",
-                                       "block_tables", "slots",        "seq_len",   "logits_indices"};
+constexpr const char* kInputNames[] = {"input_ids", "position_ids",   "cos_table",
+                                       "sin_table", "attention_mask", "block_tables",
+                                       "slots",     "seq_len",        "logits_indices"};
 
 // The named tensors of one call, and the checks on them. Lives as long as the call.
 class StepDoor {
@@ -64,8 +63,8 @@ class StepDoor {
   }
 
   void check_count() const {
-    check(given_.size() == order_.positions.size(), "execute takes ", order_.positions.size(), " inputs in the ",
-          order_.generation, " order, got ", given_.size());
+    check(given_.size() == order_.positions.size(), "execute takes ", order_.positions.size(),
+          " inputs in the ", order_.generation, " order, got ", given_.size());
   }
 
   // The two generations differ in positions 9 to 11. A list of the other one is told by its types.
@@ -77,8 +76,8 @@ class StepDoor {
     };
     check(is_lengths(mine) || !is_lengths(other), "input ", mine, " must be seq_len (int32) in the ",
           order_.generation, " order, got ", given_[mine].view, ", but input ", other,
-          " looks like it: this list is in the other order, which the model name ", order_.other_generation_name,
-          " takes");
+          " looks like it: this list is in the other order, which the model name ",
+          order_.other_generation_name, " takes");
   }
 
   void read_lengths(const nlohmann::json& parameters) {
@@ -108,8 +107,8 @@ class StepDoor {
       fits = expected[axis] == -1 || expected[axis] == tensor.view.dims[axis];
     }
     check(fits, label(input), " must be ", TensorDesc{dtype, expected}, " (-1: any size), got ", tensor.view);
-    check(tensor.device == limits_.device, label(input), " must be on ", limits_.device, " as the weights are, got ",
-          tensor.device);
+    check(tensor.device == limits_.device, label(input), " must be on ", limits_.device,
+          " as the weights are, got ", tensor.device);
     check(tensor.contiguous, label(input), " must be contiguous, got a strided ", tensor.view);
     step_.inputs[static_cast<int>(input)] = tensor.view;
   }
@@ -133,12 +132,13 @@ class StepDoor {
       check_mask();
       take(kLogitsIndices, DType::kInt64, {-1});
       info.logit_rows = view(kLogitsIndices).dims[0];
-      const int64_t sum = std::accumulate(info.sequence_lengths.begin(), info.sequence_lengths.end(), int64_t{0});
-      check(sum == tokens, "the lengths in seqLen must add up to the ", tokens, " tokens of ", label(kIds), ", got ",
-            sum);
+      const int64_t sum =
+          std::accumulate(info.sequence_lengths.begin(), info.sequence_lengths.end(), int64_t{0});
+      check(sum == tokens, "the lengths in seqLen must add up to the ", tokens, " tokens of ", label(kIds),
+            ", got ", sum);
     } else {
-      check(tokens == batch, "a decode step has one token a sequence: seqLen has ", batch, " entries, ", label(kIds),
-            " has ", tokens);
+      check(tokens == batch, "a decode step has one token a sequence: seqLen has ", batch, " entries, ",
+            label(kIds), " has ", tokens);
       take(kBlockTables, DType::kInt32, {batch, -1});
       info.logit_rows = batch;
       check_context();
@@ -164,8 +164,8 @@ class StepDoor {
     const T* values = view(input).as<T>();
     const int64_t count = view(input).dims.count();
     for (int64_t index = 0; index < count; ++index) {
-      check(values[index] >= low && values[index] < high, label(input), " holds ", values[index], " at ", index,
-            ", outside [", low, ", ", high, ")");
+      check(values[index] >= low && values[index] < high, label(input), " holds ", values[index], " at ",
+            index, ", outside [", low, ", ", high, ")");
     }
   }
 
@@ -176,8 +176,9 @@ class StepDoor {
     check_range<int32_t>(kSlots, -1, limits_.blocks * limits_.block_size);
     const int32_t* lengths = view(kSeqLen).as<int32_t>();
     for (int64_t sequence = 0; sequence < info.sequences; ++sequence) {
-      check(lengths[sequence] == info.sequence_lengths[sequence], label(kSeqLen), " holds ", lengths[sequence], " at ",
-            sequence, ", but seqLen in the parameters says ", info.sequence_lengths[sequence]);
+      check(lengths[sequence] == info.sequence_lengths[sequence], label(kSeqLen), " holds ",
+            lengths[sequence], " at ", sequence, ", but seqLen in the parameters says ",
+            info.sequence_lengths[sequence]);
     }
     if (limits_.is_prefill) return check_range<int64_t>(kLogitsIndices, 0, info.tokens);
     check_blocks();
@@ -191,8 +192,8 @@ class StepDoor {
       const int64_t used = (context + limits_.block_size - 1) / limits_.block_size;
       for (int64_t index = 0; index < used; ++index) {
         const int32_t block = tables.as<int32_t>()[sequence * width + index];
-        check(block >= 0 && block < limits_.blocks, label(kBlockTables), " holds block ", block, " at [", sequence,
-              ", ", index, "], outside [0, ", limits_.blocks, ")");
+        check(block >= 0 && block < limits_.blocks, label(kBlockTables), " holds block ", block, " at [",
+              sequence, ", ", index, "], outside [0, ", limits_.blocks, ")");
       }
     }
   }
@@ -205,8 +206,8 @@ class StepDoor {
 
 }  // namespace
 
-Step prepare_decoder_step(const InputOrder& order, const DecoderLimits& limits, std::span<const GivenTensor> given,
-                          const nlohmann::json& parameters) {
+Step prepare_decoder_step(const InputOrder& order, const DecoderLimits& limits,
+                          std::span<const GivenTensor> given, const nlohmann::json& parameters) {
   return StepDoor(order, limits, given).open(parameters);
 }
 

@@ -132,8 +132,8 @@ const std::vector<KeyRule> kRulesCurrent = {
     {"tpDomain", kString, kMeaningless},
     {"tpRankTableFile", kString, kMeaningless},
     {"ppGroupSize", kInteger, kMeaningless},
-    {"firstPpRank", kInteger, kMeaningless},
-    {"lastPpRank", kInteger, kMeaningless},
+    {"firstPpRank", kBool, kMeaningless},
+    {"lastPpRank", kBool, kMeaningless},
     {"prevPpRank", kInteger, kMeaningless},
     {"nextPpRank", kInteger, kMeaningless},
 };
@@ -179,7 +179,8 @@ DecoderShape read_shape(const Parameters& parameters) {
 constexpr int64_t kLinears = 7;  // q k v o gate up down
 
 // Entries that a table may hold for a linear that is not quantised; -1 stands for an unused one.
-void check_entries(const char* key, const std::vector<std::vector<int64_t>>& table, int64_t most, const char* asks) {
+void check_entries(const char* key, const std::vector<std::vector<int64_t>>& table, int64_t most,
+                   const char* asks) {
   for (const std::vector<int64_t>& row : table) {
     for (const int64_t entry : row) {
       check(entry >= -1, "parameter ", key, " must hold numbers from -1, got ", entry);
@@ -198,7 +199,8 @@ Packing packing_of_type(int64_t type) {
   constexpr int64_t kSeparateTypes[] = {4, 5, 8, 10, 14, 15, 16, 17, 20, 21, 23, 25};
   check(type >= 0 && type <= 26, "parameter packQuantType must hold numbers from 0 to 26, got ", type);
   if (type == 0) return Packing::kUndefined;
-  const bool separate = std::find(std::begin(kSeparateTypes), std::end(kSeparateTypes), type) != std::end(kSeparateTypes);
+  const bool separate =
+      std::find(std::begin(kSeparateTypes), std::end(kSeparateTypes), type) != std::end(kSeparateTypes);
   return separate ? Packing::kSeparate : Packing::kPacked;
 }
 
@@ -213,14 +215,14 @@ bool descs_agree(const std::vector<int64_t>& descs, int first, int last) {
   return true;
 }
 
-void read_packing(const Parameters& parameters, DecoderParameters& result) {
+// `descs` is the table linearDescs of the current keys, or empty.
+void read_packing(const Parameters& parameters, const std::vector<std::vector<int64_t>>& descs,
+                  DecoderParameters& result) {
   const int64_t layers = result.shape.layers;
   const auto pack = parameters.table("packQuantType", layers, 2);
   const auto types = parameters.table("linearQuantType", layers, kLinears);
-  const auto descs = parameters.table("linearDescs", layers, kLinears);
   const auto transposes = parameters.table("linearTransposeType", layers, kLinears);
   check_entries("linearQuantType", types, 0, "a quantised linear");
-  check_entries("linearDescs", descs, 1, "a quantised linear");
   check_entries("linearTransposeType", transposes, 1, "an unknown layout");
   result.packing_follows_weights = pack.empty() && descs.empty();
   for (int64_t layer = 0; layer < layers; ++layer) {
@@ -267,9 +269,11 @@ void check_float_model(const Parameters& parameters) {
            " asks for quantised weights, which are not built; only \"\" and \"float\" are");
     }
   }
-  for (const std::vector<int64_t>& row : parameters.table("isAntiOutlier", parameters.positive("numHiddenLayers"), 2)) {
+  for (const std::vector<int64_t>& row :
+       parameters.table("isAntiOutlier", parameters.positive("numHiddenLayers"), 2)) {
     if (row[0] != 0 || row[1] != 0) {
-      fail(ErrorKind::kNotImplemented, "parameter isAntiOutlier = true asks for the norms of quantised weights, "
+      fail(ErrorKind::kNotImplemented,
+           "parameter isAntiOutlier = true asks for the norms of quantised weights, "
            "which are not built");
     }
   }
@@ -286,7 +290,7 @@ DecoderParameters parse_parameters_2024(const std::string& json, const LayerPack
   result.shape = read_shape(parameters);
   result.shape.has_embedding = parameters.flag("withEmbedding", true);
   result.packing.assign(result.shape.layers, default_packing);
-  read_packing(parameters, result);
+  read_packing(parameters, {}, result);
   return result;
 }
 
@@ -302,7 +306,9 @@ DecoderParameters parse_parameters_current(const std::string& json) {
   result.packing.assign(result.shape.layers, LayerPacking{.qkv_bias = false});
   check_float_model(parameters);
   check_mapping(parameters);
-  read_packing(parameters, result);
+  const auto descs = parameters.table("linearDescs", result.shape.layers, kLinears);
+  check_entries("linearDescs", descs, 1, "a quantised linear");
+  read_packing(parameters, descs, result);
   read_biases(parameters, result);
   return result;
 }

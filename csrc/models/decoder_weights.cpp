@@ -12,25 +12,36 @@ const WeightDim kVocab{"vocab", -1};
 const WeightDim kIntermediate{"intermediate", -1};
 const WeightDim kTwiceIntermediate{"2*intermediate", -1};
 
-WeightDim exactly(int64_t size) { return {"", size}; }
+WeightDim exactly(int64_t size) {
+  return {"", size};
+}
 
 // Writes the specs of one layer. Linears name their [n, k] shape; the transpose type may swap it.
 class LayerWriter {
  public:
   LayerWriter(int64_t layer, int64_t first_slot, std::vector<WeightSpec>& specs)
-      : name_("layers." + std::to_string(layer) + "."), file_("model." + name_), first_(first_slot), specs_(specs) {}
+      : name_("layers." + std::to_string(layer) + "."),
+        file_("model." + name_),
+        first_(first_slot),
+        specs_(specs) {}
 
   void norm(int64_t slot, const std::string& name, const std::string& file) {
-    specs_.push_back({name_ + name + ".weight", first_ + slot, {kHidden}, "", file_ + file + ".weight", "none"});
+    specs_.push_back(
+        {name_ + name + ".weight", first_ + slot, {kHidden}, "", file_ + file + ".weight", "none"});
   }
 
-  void linear(int64_t slot, const std::string& name, const std::vector<std::string>& files, const WeightDim& n,
-              const WeightDim& k, bool transposed, bool has_bias, const std::string& shard) {
+  void linear(int64_t slot, const std::string& name, const std::vector<std::string>& files,
+              const WeightDim& n, const WeightDim& k, bool transposed, bool has_bias,
+              const std::string& shard) {
     const std::vector<WeightDim> shape = transposed ? std::vector{n, k} : std::vector{k, n};
     specs_.push_back({name_ + name + ".weight", first_ + slot, shape, "", joined(files, ".weight"), shard});
     const bool split_on_input = shard == "columns";
     if (has_bias) {
-      specs_.push_back({name_ + name + ".bias", first_ + slot + 1, {n}, "", joined(files, ".bias"),
+      specs_.push_back({name_ + name + ".bias",
+                        first_ + slot + 1,
+                        {n},
+                        "",
+                        joined(files, ".bias"),
                         split_on_input ? "first_rank" : shard});
     }
   }
@@ -76,12 +87,14 @@ void check_shape(const WeightSpec& spec, const TensorView& view, std::map<std::s
   for (int axis = 0; fits && axis < view.dims.rank(); ++axis) {
     fits = bind_size(spec.shape[axis], view.dims[axis], sizes);
   }
-  check(fits, "weight ", spec.slot, " (", spec.name, ") must be ", expected_shape(spec, sizes), ", got ", view);
+  check(fits, "weight ", spec.slot, " (", spec.name, ") must be ", expected_shape(spec, sizes), ", got ",
+        view);
 }
 
 }  // namespace
 
-void DecoderWeights::add_layer(int64_t layer, const LayerPacking& packing, std::vector<WeightSpec>& specs) const {
+void DecoderWeights::add_layer(int64_t layer, const LayerPacking& packing,
+                               std::vector<WeightSpec>& specs) const {
   LayerWriter write(layer, first_layer_slot() + layer * kSlotsPerLayer, specs);
   const WeightDim q_size = exactly(shape_.heads * shape_.head_size);
   const WeightDim kv_size = exactly(shape_.kv_heads * shape_.head_size);
@@ -92,13 +105,15 @@ void DecoderWeights::add_layer(int64_t layer, const LayerPacking& packing, std::
     write.linear(4, "attn.qkv", {attn + "q_proj", attn + "k_proj", attn + "v_proj"}, qkv_size, kHidden,
                  packing.transposed[0], packing.qkv_bias, "heads");
   } else {
-    write.linear(4, "attn.q", {attn + "q_proj"}, q_size, kHidden, packing.transposed[0], packing.qkv_bias, "heads");
+    write.linear(4, "attn.q", {attn + "q_proj"}, q_size, kHidden, packing.transposed[0], packing.qkv_bias,
+                 "heads");
     write.linear(10, "attn.k", {attn + "k_proj"}, kv_size, kHidden, packing.transposed[1], packing.qkv_bias,
                  "kv_heads");
     write.linear(16, "attn.v", {attn + "v_proj"}, kv_size, kHidden, packing.transposed[2], packing.qkv_bias,
                  "kv_heads");
   }
-  write.linear(22, "attn.o", {attn + "o_proj"}, kHidden, q_size, packing.transposed[3], packing.o_bias, "columns");
+  write.linear(22, "attn.o", {attn + "o_proj"}, kHidden, q_size, packing.transposed[3], packing.o_bias,
+               "columns");
   write.norm(28, "mlp.norm", "post_attention_layernorm");
   if (packing.gate_up_packed) {
     write.linear(32, "mlp.gate_up", {"mlp.gate_proj", "mlp.up_proj"}, kTwiceIntermediate, kHidden,
@@ -106,17 +121,22 @@ void DecoderWeights::add_layer(int64_t layer, const LayerPacking& packing, std::
   } else {
     write.linear(32, "mlp.gate", {"mlp.gate_proj"}, kIntermediate, kHidden, packing.transposed[4],
                  packing.gate_up_bias, "rows");
-    write.linear(38, "mlp.up", {"mlp.up_proj"}, kIntermediate, kHidden, packing.transposed[5], packing.gate_up_bias,
-                 "rows");
+    write.linear(38, "mlp.up", {"mlp.up_proj"}, kIntermediate, kHidden, packing.transposed[5],
+                 packing.gate_up_bias, "rows");
   }
-  write.linear(44, "mlp.down", {"mlp.down_proj"}, kHidden, kIntermediate, packing.transposed[6], packing.down_bias,
-               "columns");
+  write.linear(44, "mlp.down", {"mlp.down_proj"}, kHidden, kIntermediate, packing.transposed[6],
+               packing.down_bias, "columns");
 }
 
 std::vector<WeightSpec> DecoderWeights::specs(const std::vector<LayerPacking>& packing) const {
   std::vector<WeightSpec> specs;
   if (shape_.has_embedding) {
-    specs.push_back({"embedding.weight", 0, {{"vocab or vocab + 1", -1}, kHidden}, "", "model.embed_tokens.weight", "columns"});
+    specs.push_back({"embedding.weight",
+                     0,
+                     {{"vocab or vocab + 1", -1}, kHidden},
+                     "",
+                     "model.embed_tokens.weight",
+                     "columns"});
   }
   for (int64_t layer = 0; layer < shape_.layers; ++layer) add_layer(layer, packing[layer], specs);
   specs.push_back({"final_norm.weight", count() - 2, {kHidden}, "", "model.norm.weight", "none"});
@@ -132,13 +152,17 @@ ResolvedWeights resolve_weights(const std::vector<WeightSpec>& specs, std::span<
   ResolvedWeights resolved;
   resolved.dtype = head.view.dtype;
   resolved.device = head.device;
+  const bool is_float = resolved.dtype == DType::kFloat32 || resolved.dtype == DType::kBFloat16 ||
+                        resolved.dtype == DType::kFloat16;
+  check(is_float, "weight ", specs.back().slot,
+        " (lm_head.weight) must be float32, bfloat16 or float16, got ", head.view);
   for (const WeightSpec& spec : specs) {
     const GivenTensor& weight = given[spec.slot];
     check_shape(spec, weight.view, resolved.sizes);
-    check(weight.view.dtype == resolved.dtype, "weight ", spec.slot, " (", spec.name, ") must be ", resolved.dtype,
-          " as lm_head is, got ", weight.view);
-    check(weight.device == resolved.device, "weight ", spec.slot, " (", spec.name, ") must be on ", resolved.device,
-          " as lm_head is, got ", weight.device);
+    check(weight.view.dtype == resolved.dtype, "weight ", spec.slot, " (", spec.name, ") must be ",
+          resolved.dtype, " as lm_head is, got ", weight.view);
+    check(weight.device == resolved.device, "weight ", spec.slot, " (", spec.name, ") must be on ",
+          resolved.device, " as lm_head is, got ", weight.device);
     check(weight.contiguous, "weight ", spec.slot, " (", spec.name, ") must be contiguous, got a strided ",
           weight.view);
   }

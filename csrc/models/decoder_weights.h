@@ -70,8 +70,8 @@ struct ResolvedWeights {
   int64_t embedding_rows = 0;
 };
 
-/// Checks every listed slot: shape (symbols are bound at their first sight), one dtype and device for all, contiguity.
-/// The embedding may have one row more than the vocabulary.
+/// Checks every listed slot: shape (symbols are bound at their first sight), one dtype and device for all,
+/// contiguity. The embedding may have one row more than the vocabulary.
 ResolvedWeights resolve_weights(const std::vector<WeightSpec>& specs, std::span<const GivenTensor> given);
 
 }  // namespace modeltorch

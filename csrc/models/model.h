@@ -28,12 +28,12 @@ struct WeightDim {
 
 /// What the weight list must hold in one slot. A loader reads it as data: see weight_spec() of the class.
 struct WeightSpec {
-  std::string name;        ///< "layers.3.attn.q.weight"
-  int64_t slot = 0;        ///< index in the list of set_weight
+  std::string name;  ///< "layers.3.attn.q.weight"
+  int64_t slot = 0;  ///< index in the list of set_weight
   std::vector<WeightDim> shape;
   std::string dtype;       ///< "bfloat16", or "float" for the other types that a model may have
   std::string checkpoint;  ///< tensor of a Hugging Face checkpoint, several joined by '+' along dimension 0
-  std::string shard;       ///< how tensor parallelism splits it: "none", "heads", "kv_heads", "rows", "columns"
+  std::string shard;  ///< how tensor parallelism splits it: "none", "heads", "kv_heads", "rows", "columns"
 };
 
 /// One call of execute after the door: inputs in the graph's order, counts and lengths.
@@ -42,8 +42,9 @@ struct Step {
   std::vector<TensorView> inputs;
 };
 
-/// An architecture behind torch.classes.ModelTorch.ModelTorch. One object is one phase (prefill or decode) with one
-/// set of parameters; it holds descriptions, never tensors. Derive from it and REGISTER_MODEL to add one.
+/// An architecture behind torch.classes.ModelTorch.ModelTorch. One object is one phase (prefill or decode)
+/// with one set of parameters; it holds descriptions, never tensors. Derive from it and REGISTER_MODEL to add
+/// one.
 class Model {
  public:
   virtual ~Model() = default;
@@ -57,7 +58,8 @@ class Model {
   /// The slots in use, in order of slots. Slots that are not listed are never read.
   virtual std::vector<WeightSpec> weight_specs() const = 0;
 
-  /// Checks the whole list and remembers the sizes that it decides. Throws Error and changes nothing on a fault.
+  /// Checks the whole list and remembers the sizes that it decides. Throws Error and changes nothing on a
+  /// fault.
   virtual void accept_weights(std::span<const GivenTensor> weights) = 0;
 
   /// Number of key caches, and of value caches.
@@ -69,13 +71,15 @@ class Model {
   /// The device that the weights lie on.
   virtual Device device() const = 0;
 
-  /// The step's graph. Weights use the slots of the weight list, caches 2 * layer (key) and 2 * layer + 1 (value).
+  /// The step's graph. Weights use the slots of the weight list, caches 2 * layer (key) and 2 * layer + 1
+  /// (value).
   virtual Graph build_graph() const = 0;
 
   /// Which count the first dimension of each graph input follows.
   virtual std::vector<Rows> input_rows() const = 0;
 
-  /// Checks the inputs of one call against its parameters and against each other, and puts them in graph order.
+  /// Checks the inputs of one call against its parameters and against each other, and puts them in graph
+  /// order.
   virtual Step prepare(std::span<const GivenTensor> inputs, const nlohmann::json& parameters) const = 0;
 
   /// What execute returns for a step.

@@ -11,14 +11,20 @@ namespace {
 using nlohmann::json;
 
 constexpr int kMaxJsonDepth = 32;  // mapping, the deepest key, has 3
-constexpr const char* kTypeNames[] = {"a boolean", "a whole number", "a number", "a string", "an array", "an object"};
+constexpr const char* kTypeNames[] = {"a boolean", "a whole number", "a number",
+                                      "a string",  "an array",       "an object"};
+
+// Whole numbers beyond the range of int64_t are kept unsigned by the parser.
+bool is_int64(const json& value) {
+  return value.is_number_integer() && !(value.is_number_unsigned() && value.get<uint64_t>() > INT64_MAX);
+}
 
 bool has_type(const json& value, KeyType type) {
   switch (type) {
     case KeyType::kBool:
       return value.is_boolean();
     case KeyType::kInteger:
-      return value.is_number_integer();
+      return is_int64(value);
     case KeyType::kNumber:
       return value.is_number();
     case KeyType::kString:
@@ -39,24 +45,28 @@ std::string shown(const json& value) {
 }
 
 void resolve_alias(json& object, const KeyRule& rule) {
-  const auto found = object.find(rule.key);
-  if (rule.policy != KeyPolicy::kAlias || found == object.end()) return;
-  check(!object.contains(rule.only) || object[rule.only] == *found, "parameters ", rule.key, " and ", rule.only,
-        " mean the same, got ", shown(*found), " and ", shown(object[rule.only]));
-  const json value = *found;
-  object[rule.only] = value;
+  const auto given = object.find(rule.key);
+  if (rule.policy != KeyPolicy::kAlias || given == object.end()) return;
+  const json value = *given;
+  const auto target = object.find(rule.only);
+  if (target == object.end()) {
+    object[rule.only] = value;
+    return;
+  }
+  check(*target == value, "parameters ", rule.key, " and ", rule.only, " mean the same, got ", shown(value),
+        " and ", shown(*target));
 }
 
 void apply_rule(const json& object, const KeyRule& rule) {
   const auto found = object.find(rule.key);
   if (found == object.end()) {
     const bool required = rule.policy == KeyPolicy::kRequired || rule.policy == KeyPolicy::kRequiredOnly;
-    check(!required, "parameter ", rule.key, " is required (",
-          kTypeNames[static_cast<int>(rule.type)], ") and missing");
+    check(!required, "parameter ", rule.key, " is required (", kTypeNames[static_cast<int>(rule.type)],
+          ") and missing");
     return;
   }
-  check(has_type(*found, rule.type), "parameter ", rule.key, " must be ", kTypeNames[static_cast<int>(rule.type)],
-        ", got ", shown(*found));
+  check(has_type(*found, rule.type), "parameter ", rule.key, " must be ",
+        kTypeNames[static_cast<int>(rule.type)], ", got ", shown(*found));
   const bool limited = rule.policy == KeyPolicy::kOnly || rule.policy == KeyPolicy::kRequiredOnly;
   if (limited && *found != json::parse(rule.only)) {
     fail(ErrorKind::kNotImplemented, "parameter ", rule.key, " = ", shown(*found), " asks for ", rule.asks,
@@ -112,11 +122,11 @@ std::vector<std::vector<int64_t>> Parameters::table(const char* key, int64_t row
   check(static_cast<int64_t>(found->size()) == rows, "parameter ", key, " must have ", rows,
         " rows (one a layer), got ", found->size());
   for (const json& row : *found) {
-    check(row.is_array() && static_cast<int64_t>(row.size()) == columns, "parameter ", key, " must have rows of ",
-          columns, " entries, got ", shown(row));
+    check(row.is_array() && static_cast<int64_t>(row.size()) == columns, "parameter ", key,
+          " must have rows of ", columns, " entries, got ", shown(row));
     std::vector<int64_t>& line = numbers.emplace_back();
     for (const json& entry : row) {
-      check(entry.is_number_integer() || entry.is_boolean(), "parameter ", key,
+      check(is_int64(entry) || entry.is_boolean(), "parameter ", key,
             " must hold whole numbers or booleans, got ", shown(entry));
       line.push_back(entry.is_boolean() ? static_cast<int64_t>(entry.get<bool>()) : entry.get<int64_t>());
     }

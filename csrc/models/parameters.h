@@ -14,12 +14,12 @@ enum class KeyType : uint8_t { kBool, kInteger, kNumber, kString, kArray, kObjec
 
 /// What happens to a key today.
 enum class KeyPolicy : uint8_t {
-  kRequired,     ///< must be there
-  kOptional,     ///< read if there
-  kMeaningless,  ///< checked for its type, then ignored: it cannot change a result
-  kOnly,         ///< refused unless it has the one value that is built
-  kRequiredOnly, ///< must be there, and as kOnly
-  kAlias,        ///< another spelling of the key that `only` names
+  kRequired,      ///< must be there
+  kOptional,      ///< read if there
+  kMeaningless,   ///< checked for its type, then ignored: it cannot change a result
+  kOnly,          ///< refused unless it has the one value that is built
+  kRequiredOnly,  ///< must be there, and as kOnly
+  kAlias,         ///< another spelling of the key that `only` names
 };
 
 /// One line of a parameter table.

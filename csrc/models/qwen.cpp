@@ -92,8 +92,8 @@ void QwenModel::accept_caches(std::span<const GivenTensor> keys, std::span<const
       const TensorView& view = tensors[layer].view;
       const bool fits = view.dims.rank() == 4 && view.dims[0] > 0 && view.dims[1] > 0 &&
                         view.dims[2] == shape.kv_heads && view.dims[3] == shape.head_size;
-      check(fits, name, layer, " must be [blocks, block_size, ", shape.kv_heads, ", ", shape.head_size, "], got ",
-            view);
+      check(fits, name, layer, " must be [blocks, block_size, ", shape.kv_heads, ", ", shape.head_size,
+            "], got ", view);
       check(view.dims == first.dims && view.dtype == first.dtype, name, layer, " must be ", first,
             " as key cache 0 is, got ", view);
       check(tensors[layer].device == keys[0].device, name, layer, " must be on ", keys[0].device,
@@ -126,27 +126,30 @@ Graph QwenModel::build_graph() const {
   }
   const auto part = [&](const std::string& name, bool transposed) {
     const auto bias = weights.find(name + ".bias");
-    return LinearWeight{weights.at(name + ".weight"), bias == weights.end() ? Value{} : bias->second, transposed};
+    return LinearWeight{weights.at(name + ".weight"), bias == weights.end() ? Value{} : bias->second,
+                        transposed};
   };
 
-  Value hidden = shape.has_embedding ? gather_rows(graph, "embedding", weights.at("embedding.weight"), ids) : ids;
+  Value hidden =
+      shape.has_embedding ? gather_rows(graph, "embedding", weights.at("embedding.weight"), ids) : ids;
   const Value cos = gather_rows(graph, "cos", input(DecoderInput::kCosTable, "cos_table"), positions);
   const Value sin = gather_rows(graph, "sin", input(DecoderInput::kSinTable, "sin_table"), positions);
-  const Value block_tables = parameters_.is_prefill ? Value{} : input(DecoderInput::kBlockTables, "block_tables");
+  const Value block_tables =
+      parameters_.is_prefill ? Value{} : input(DecoderInput::kBlockTables, "block_tables");
   for (int64_t layer = 0; layer < shape.layers; ++layer) {
     const std::string prefix = "layers." + std::to_string(layer) + ".";
     const LayerPacking& packing = parameters_.packing[layer];
-    const bool(&transposed)[7] = packing.transposed;
+    const bool (&transposed)[7] = packing.transposed;
     const GraphBuilder::Scope layer_scope(graph, "layers." + std::to_string(layer));
     {
       const GraphBuilder::Scope scope(graph, "attn");
       const std::string attn = prefix + "attn.";
       const Value normed = rms_norm(graph, hidden, weights.at(attn + "norm.weight"), parameters_.epsilon);
-      const Value qkv = linear(graph, "qkv", normed,
-                               packing.qkv_packed
-                                   ? std::vector{part(attn + "qkv", transposed[0])}
-                                   : std::vector{part(attn + "q", transposed[0]), part(attn + "k", transposed[1]),
-                                                 part(attn + "v", transposed[2])});
+      const Value qkv = linear(
+          graph, "qkv", normed,
+          packing.qkv_packed ? std::vector{part(attn + "qkv", transposed[0])}
+                             : std::vector{part(attn + "q", transposed[0]), part(attn + "k", transposed[1]),
+                                           part(attn + "v", transposed[2])});
       const QkvHeads heads = split_qkv(graph, qkv, shape.heads, shape.kv_heads, shape.head_size);
       const RotatedHeads rotated = rope(graph, heads.q, heads.k, cos, sin);
       const Value k_cache = graph.cache(prefix + "k_cache", static_cast<int32_t>(2 * layer));
@@ -162,9 +165,9 @@ Graph QwenModel::build_graph() const {
     const std::string mlp = prefix + "mlp.";
     const Value normed = rms_norm(graph, hidden, weights.at(mlp + "norm.weight"), parameters_.epsilon);
     const Value gate_up = linear(graph, "gate_up", normed,
-                                 packing.gate_up_packed
-                                     ? std::vector{part(mlp + "gate_up", transposed[4])}
-                                     : std::vector{part(mlp + "gate", transposed[4]), part(mlp + "up", transposed[5])});
+                                 packing.gate_up_packed ? std::vector{part(mlp + "gate_up", transposed[4])}
+                                                        : std::vector{part(mlp + "gate", transposed[4]),
+                                                                      part(mlp + "up", transposed[5])});
     const Value activated = swiglu(graph, gate_up);
     hidden = add(graph, hidden, linear(graph, "down", activated, {part(mlp + "down", transposed[6])}));
   }
@@ -178,7 +181,8 @@ Graph QwenModel::build_graph() const {
 }
 
 Step QwenModel::prepare(std::span<const GivenTensor> inputs, const nlohmann::json& parameters) const {
-  check(cache_.dtype == resolved_.dtype, "the caches are ", cache_.dtype, ", but the weights are ", resolved_.dtype);
+  check(cache_.dtype == resolved_.dtype, "the caches are ", cache_.dtype, ", but the weights are ",
+        resolved_.dtype);
   const DecoderLimits limits{.is_prefill = parameters_.is_prefill,
                              .embeds_ids = parameters_.shape.has_embedding,
                              .dtype = resolved_.dtype,
@@ -205,7 +209,8 @@ class DecoderModel final : public QwenModel {
 /// The current keys and input order; the key linearHasBias says which linears have a bias.
 class QwenDecoderModel final : public QwenModel {
  public:
-  explicit QwenDecoderModel(const std::string& json) : QwenModel(parse_parameters_current(json), kOrderCurrent) {}
+  explicit QwenDecoderModel(const std::string& json)
+      : QwenModel(parse_parameters_current(json), kOrderCurrent) {}
 };
 
 }  // namespace qwen

@@ -57,8 +57,8 @@ void check_alias(const ModelAlias& alias, const std::string& parameters) {
   const nlohmann::json object = parse_object(parameters, "the parameter of set_param");
   const auto found = object.find(alias.parameter);
   const bool fits = found == object.end() || !found->is_boolean() || found->get<bool>() == alias.value;
-  check(fits, "model ", alias.name, " needs ", alias.parameter, " = ", alias.value ? "true" : "false", ", got ",
-        alias.value ? "false" : "true", "; ", alias.target, " takes either");
+  check(fits, "model ", alias.name, " needs ", alias.parameter, " = ", alias.value ? "true" : "false",
+        ", got ", alias.value ? "false" : "true", "; ", alias.target, " takes either");
 }
 
 }  // namespace

@@ -22,17 +22,18 @@ struct ModelAlias {
 };
 bool register_alias(const ModelAlias& alias);
 
-/// Makes the model `key` (a registered key or an alias) and lets it parse its JSON parameters. Throws Error listing the known names.
+/// Makes the model `key` (a registered key or an alias) and lets it parse its JSON parameters. Throws Error
+/// listing the known names.
 std::unique_ptr<Model> make_model(const std::string& key, const std::string& parameters);
 
 /// Every registered key and alias, sorted.
 std::vector<std::string> registered_models();
 
 /// Registers class ns::Class under the key "ns_Class". Use it once, at namespace scope, where ns is visible.
-#define REGISTER_MODEL(ns, Class)                                                                           \
-  [[maybe_unused]] static const bool registered_##ns##_##Class = ::modeltorch::register_model(              \
-      #ns "_" #Class, [](const std::string& parameters) -> std::unique_ptr<::modeltorch::Model> {           \
-        return std::make_unique<ns::Class>(parameters);                                                     \
+#define REGISTER_MODEL(ns, Class)                                                                 \
+  [[maybe_unused]] static const bool registered_##ns##_##Class = ::modeltorch::register_model(    \
+      #ns "_" #Class, [](const std::string& parameters) -> std::unique_ptr<::modeltorch::Model> { \
+        return std::make_unique<ns::Class>(parameters);                                           \
       })
 
 }  // namespace modeltorch

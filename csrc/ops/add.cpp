@@ -14,7 +14,9 @@ std::vector<TensorDesc> Add::infer_shape(const std::vector<TensorDesc>& inputs) 
   return {inputs[0]};
 }
 
-Value add(GraphBuilder& graph, Value a, Value b) { return graph.add("add", std::make_shared<Add>(), {a, b})[0]; }
+Value add(GraphBuilder& graph, Value a, Value b) {
+  return graph.add("add", std::make_shared<Add>(), {a, b})[0];
+}
 
 namespace {
 
@@ -30,8 +32,10 @@ void run(const Add&, const KernelArgs& args) {
   });
 }
 
-constexpr CpuFunctions<Add> kFunctions{run<float>, run<BFloat16>};
+constexpr CpuFunctions<Add> kFunctions{run<float>, run<BFloat16>, run<Float16>};
 const bool registered = register_cpu<Add, kFunctions>();
+const bool known = register_operation(
+    Add::kName, [](const OperationParameters&) -> OperationPtr { return std::make_shared<Add>(); });
 
 }  // namespace
 }  // namespace modeltorch

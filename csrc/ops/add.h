@@ -11,7 +11,7 @@ namespace modeltorch {
 /// | a, b   | [rows, size] | T     |
 /// | y      | [rows, size] | T     |
 ///
-/// T is float32 or bfloat16.
+/// T is float32, bfloat16 or float16.
 struct Add final : Operation {
   static constexpr std::string_view kName = "Add";
 

@@ -25,7 +25,8 @@ int64_t norm_after(const Graph& graph, size_t index) {
   const Value sum = graph.nodes[index].outputs[0];
   for (const size_t reader : graph.consumers(sum)) {
     const Node& node = graph.nodes[reader];
-    if (node.operation->name() == RmsNorm::kName && node.inputs[0] == sum) return static_cast<int64_t>(reader);
+    if (node.operation->name() == RmsNorm::kName && node.inputs[0] == sum)
+      return static_cast<int64_t>(reader);
   }
   return -1;
 }
@@ -66,9 +67,13 @@ void run(const AddRmsNorm& op, const KernelArgs& args) {
   });
 }
 
-constexpr CpuFunctions<AddRmsNorm> kFunctions{run<float>, run<BFloat16>};
+constexpr CpuFunctions<AddRmsNorm> kFunctions{run<float>, run<BFloat16>, run<Float16>};
 const bool registered = register_cpu<AddRmsNorm, kFunctions>();
 const bool fusion_registered = register_fusion(AddRmsNorm::kName, fuse_add_rms_norm);
+const bool known =
+    register_operation(AddRmsNorm::kName, [](const OperationParameters& parameters) -> OperationPtr {
+      return std::make_shared<AddRmsNorm>(static_cast<float>(parameters.number("epsilon")));
+    });
 
 }  // namespace
 }  // namespace modeltorch

@@ -12,8 +12,8 @@ namespace modeltorch {
 /// | gamma  | [size]       | T     |
 /// | sum, y | [rows, size] | T     |
 ///
-/// T is float32 or bfloat16. The norm reads the sum as it is stored, so the result equals that of the two nodes
-/// which the fusion pass of this operation replaces: an Add whose output an RmsNorm reads.
+/// T is float32, bfloat16 or float16. The norm reads the sum as it is stored, so the result equals that of
+/// the two nodes which the fusion pass of this operation replaces: an Add whose output an RmsNorm reads.
 struct AddRmsNorm final : Operation {
   static constexpr std::string_view kName = "AddRmsNorm";
   float epsilon;

@@ -19,7 +19,16 @@ struct AttentionShape {
   int64_t group() const { return heads / kv_heads; }
 };
 
-/// Consecutive queries of one sequence in one key head: the piece of attention that one thread computes alone.
+/// The shape of an attention operation that is made by name.
+inline AttentionShape attention_shape(const OperationParameters& parameters) {
+  return {.heads = parameters.integer("heads"),
+          .kv_heads = parameters.integer("kv_heads"),
+          .head_size = parameters.integer("head_size"),
+          .scale = static_cast<float>(parameters.number("scale"))};
+}
+
+/// Consecutive queries of one sequence in one key head: the piece of attention that one thread computes
+/// alone.
 struct QueryBlock {
   int64_t sequence = 0;
   int64_t first_token = 0;  ///< row of q and out
@@ -28,7 +37,8 @@ struct QueryBlock {
   int64_t first_limit = 0;  ///< keys that the first query sees; each later query sees one more
 };
 
-/// What the attention kernels of the CPU share: scratch for each thread, the walk over query blocks, the softmax.
+/// What the attention kernels of the CPU share: scratch for each thread, the walk over query blocks, the
+/// softmax.
 template <class T>
 class CpuAttention {
  public:
@@ -43,8 +53,8 @@ class CpuAttention {
   int64_t queries_per_block() const { return queries_per_block_; }
   size_t workspace_bytes() const { return static_cast<size_t>(threads_) * scratch_bytes(); }
 
-  /// Calls `visit(block_index_is_mine, ...)` in parallel: `body(mine, scratch)` runs once a thread, and `mine()`
-  /// says whether the next block in program order belongs to that thread.
+  /// Calls `visit(block_index_is_mine, ...)` in parallel: `body(mine, scratch)` runs once a thread, and
+  /// `mine()` says whether the next block in program order belongs to that thread.
   template <class Body>
   void each_thread(void* workspace, Body&& body) const {
     parallel_for(threads_, 1, [&](int64_t begin, int64_t end) {
@@ -76,7 +86,8 @@ class CpuAttention {
       state.sums[row] = 0.0f;
     }
     std::fill(state.out, state.out + rows * d, 0.0f);
-    each_run(block.first_limit + block.queries - 1, [&](const KeyRun<T>& run) { kernels.attend(state, run); });
+    each_run(block.first_limit + block.queries - 1,
+             [&](const KeyRun<T>& run) { kernels.attend(state, run); });
     for (int64_t row = 0; row < rows; ++row) kernels.finish_attention(state, row, out + offset(row));
   }
 

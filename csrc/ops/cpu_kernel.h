@@ -2,8 +2,8 @@
 
 #include <memory>
 
-#include "core/bfloat16.h"
 #include "core/check.h"
+#include "core/half_floats.h"
 #include "graph/kernel.h"
 
 namespace modeltorch {
@@ -13,13 +13,15 @@ template <class Op>
 struct CpuFunctions {
   void (*float32)(const Op& op, const KernelArgs& args);
   void (*bfloat16)(const Op& op, const KernelArgs& args);
+  void (*float16)(const Op& op, const KernelArgs& args);
 };
 
-/// The element type that a CPU kernel computes in: that of its first output, or of its first input if it has none.
+/// The element type that a CPU kernel computes in: that of its first output, or of its first input if it has
+/// none.
 inline DType compute_dtype(const KernelSetup& setup) {
   const DType dtype = setup.outputs.empty() ? setup.inputs[0].dtype : setup.outputs[0].dtype;
-  if (dtype != DType::kFloat32 && dtype != DType::kBFloat16) {
-    fail(ErrorKind::kNotImplemented, "the CPU computes in float32 or bfloat16, got ", dtype);
+  if (dtype != DType::kFloat32 && dtype != DType::kBFloat16 && dtype != DType::kFloat16) {
+    fail(ErrorKind::kNotImplemented, "the CPU computes in float32, bfloat16 or float16, got ", dtype);
   }
   return dtype;
 }
@@ -40,10 +42,22 @@ class CpuKernel final : public Kernel {
 template <class Op, const CpuFunctions<Op>& functions>
 bool register_cpu() {
   return register_kernel(Op::kName, DeviceType::kCpu, [](const KernelSetup& setup) -> std::unique_ptr<Kernel> {
-    const bool is_float32 = compute_dtype(setup) == DType::kFloat32;
-    return std::make_unique<CpuKernel<Op>>(dynamic_cast<const Op&>(setup.operation),
-                                           is_float32 ? functions.float32 : functions.bfloat16);
+    const DType dtype = compute_dtype(setup);
+    const auto function = dtype == DType::kFloat32    ? functions.float32
+                          : dtype == DType::kBFloat16 ? functions.bfloat16
+                                                      : functions.float16;
+    return std::make_unique<CpuKernel<Op>>(dynamic_cast<const Op&>(setup.operation), function);
   });
+}
+
+/// Makes a kernel class that is a template over the element type: `make_cpu_kernel<SelfAttentionCpu>(setup,
+/// shape)`.
+template <template <class> class KernelOf, class... Args>
+std::unique_ptr<Kernel> make_cpu_kernel(const KernelSetup& setup, const Args&... args) {
+  const DType dtype = compute_dtype(setup);
+  if (dtype == DType::kFloat32) return std::make_unique<KernelOf<float>>(args...);
+  if (dtype == DType::kBFloat16) return std::make_unique<KernelOf<BFloat16>>(args...);
+  return std::make_unique<KernelOf<Float16>>(args...);
 }
 
 /// Items a part of a parallel_for must hold so that the work in it outweighs the cost of waking a thread.

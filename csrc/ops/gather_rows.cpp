@@ -35,8 +35,11 @@ void run(const GatherRows&, const KernelArgs& args) {
   });
 }
 
-constexpr CpuFunctions<GatherRows> kFunctions{run, run};
+constexpr CpuFunctions<GatherRows> kFunctions{run, run, run};
 const bool registered = register_cpu<GatherRows, kFunctions>();
+const bool known = register_operation(GatherRows::kName, [](const OperationParameters&) -> OperationPtr {
+  return std::make_shared<GatherRows>();
+});
 
 }  // namespace
 }  // namespace modeltorch

@@ -44,7 +44,8 @@ Value linear(GraphBuilder& graph, std::string_view name, Value x, const std::vec
 
 namespace {
 
-// Up to this many rows our own loops read the weight once and beat a general matrix product (bench_ops linear).
+// Up to this many rows our own loops read the weight once and beat a general matrix product (bench_ops
+// linear).
 constexpr int64_t kSmallRows = 8;
 
 template <class T>
@@ -90,8 +91,13 @@ void run(const Linear& op, const KernelArgs& args) {
   }
 }
 
-constexpr CpuFunctions<Linear> kFunctions{run<float>, run<BFloat16>};
+constexpr CpuFunctions<Linear> kFunctions{run<float>, run<BFloat16>, run<Float16>};
 const bool registered = register_cpu<Linear, kFunctions>();
+const bool known =
+    register_operation(Linear::kName, [](const OperationParameters& parameters) -> OperationPtr {
+      const LinearPart part{parameters.integer("transposed") != 0, parameters.integer("has_bias") != 0};
+      return std::make_shared<Linear>(std::vector<LinearPart>(parameters.integer("parts"), part));
+    });
 
 }  // namespace
 }  // namespace modeltorch

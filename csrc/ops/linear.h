@@ -21,8 +21,8 @@ struct LinearPart {
 /// | bias_i | [n_i]            | T     | present if parts[i].has_bias; follows w_i           |
 /// | y      | [rows, sum n_i]  | T     |                                                     |
 ///
-/// T is float32 or bfloat16; sums are float32. Several parts serve checkpoints whose q, k, v or gate, up are
-/// separate: the model sees one node either way. docs/contract.md, "Weights".
+/// T is float32, bfloat16 or float16; sums are float32. Several parts serve checkpoints whose q, k, v or
+/// gate, up are separate: the model sees one node either way. docs/contract.md, "Weights".
 struct Linear final : Operation {
   static constexpr std::string_view kName = "Linear";
   std::vector<LinearPart> parts;

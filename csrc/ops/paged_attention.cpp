@@ -14,7 +14,8 @@ std::vector<TensorDesc> PagedAttention::infer_shape(const std::vector<TensorDesc
   const int64_t batch = q.dims[0];
   check_tensor("q", q, {batch, shape.heads, shape.head_size}, q.dtype);
   check_rank("k_cache", k_cache, 4);
-  check_tensor("k_cache", k_cache, {k_cache.dims[0], k_cache.dims[1], shape.kv_heads, shape.head_size}, q.dtype);
+  check_tensor("k_cache", k_cache, {k_cache.dims[0], k_cache.dims[1], shape.kv_heads, shape.head_size},
+               q.dtype);
   check_tensor("v_cache", inputs[2], k_cache.dims, q.dtype);
   check_rank("block_tables", inputs[3], 2);
   check_tensor("block_tables", inputs[3], {batch, inputs[3].dims[1]}, DType::kInt32);
@@ -70,11 +71,14 @@ class PagedAttentionCpu final : public Kernel {
 
 std::unique_ptr<Kernel> make(const KernelSetup& setup) {
   const AttentionShape& shape = dynamic_cast<const PagedAttention&>(setup.operation).shape;
-  if (compute_dtype(setup) == DType::kFloat32) return std::make_unique<PagedAttentionCpu<float>>(shape);
-  return std::make_unique<PagedAttentionCpu<BFloat16>>(shape);
+  return make_cpu_kernel<PagedAttentionCpu>(setup, shape);
 }
 
 const bool registered = register_kernel(PagedAttention::kName, DeviceType::kCpu, make);
+const bool known =
+    register_operation(PagedAttention::kName, [](const OperationParameters& parameters) -> OperationPtr {
+      return std::make_shared<PagedAttention>(attention_shape(parameters));
+    });
 
 }  // namespace
 }  // namespace modeltorch

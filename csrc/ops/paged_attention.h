@@ -17,8 +17,8 @@ namespace modeltorch {
 /// | seq_len          | [B]                                       | int32 | context, the new token included |
 /// | out              | [B, heads * head_size]                    | T     |                                 |
 ///
-/// T is float32 or bfloat16; scores and sums are float32. Source: Kwon et al., "Efficient Memory Management for
-/// Large Language Model Serving with PagedAttention" (2023); docs/contract.md, "The layer".
+/// T is float32, bfloat16 or float16; scores and sums are float32. Source: Kwon et al., "Efficient Memory
+/// Management for Large Language Model Serving with PagedAttention" (2023); docs/contract.md, "The layer".
 struct PagedAttention final : Operation {
   static constexpr std::string_view kName = "PagedAttention";
   AttentionShape shape;

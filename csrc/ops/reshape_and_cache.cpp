@@ -43,8 +43,11 @@ void run(const ReshapeAndCache&, const KernelArgs& args) {
   });
 }
 
-constexpr CpuFunctions<ReshapeAndCache> kFunctions{run<float>, run<BFloat16>};
+constexpr CpuFunctions<ReshapeAndCache> kFunctions{run<float>, run<BFloat16>, run<Float16>};
 const bool registered = register_cpu<ReshapeAndCache, kFunctions>();
+const bool known = register_operation(ReshapeAndCache::kName, [](const OperationParameters&) -> OperationPtr {
+  return std::make_shared<ReshapeAndCache>();
+});
 
 }  // namespace
 }  // namespace modeltorch

@@ -4,7 +4,8 @@
 
 namespace modeltorch {
 
-/// Writes the keys and values of a step into the paged cache: cache[slot / block_size, slot % block_size] = row.
+/// Writes the keys and values of a step into the paged cache: cache[slot / block_size, slot % block_size] =
+/// row.
 ///
 /// | tensor           | shape                                    | dtype | note                         |
 /// |------------------|------------------------------------------|-------|------------------------------|
@@ -12,7 +13,7 @@ namespace modeltorch {
 /// | k_cache, v_cache | [blocks, block_size, kv_heads, head_size] | T    | written in place             |
 /// | slots            | [n]                                      | int32 | -1 leaves the cache as it is |
 ///
-/// T is float32 or bfloat16. Slots were checked against the cache by the caller.
+/// T is float32, bfloat16 or float16. Slots were checked against the cache by the caller.
 struct ReshapeAndCache final : Operation {
   static constexpr std::string_view kName = "ReshapeAndCache";
 

@@ -34,8 +34,12 @@ void run(const RmsNorm& op, const KernelArgs& args) {
   });
 }
 
-constexpr CpuFunctions<RmsNorm> kFunctions{run<float>, run<BFloat16>};
+constexpr CpuFunctions<RmsNorm> kFunctions{run<float>, run<BFloat16>, run<Float16>};
 const bool registered = register_cpu<RmsNorm, kFunctions>();
+const bool known =
+    register_operation(RmsNorm::kName, [](const OperationParameters& parameters) -> OperationPtr {
+      return std::make_shared<RmsNorm>(static_cast<float>(parameters.number("epsilon")));
+    });
 
 }  // namespace
 }  // namespace modeltorch

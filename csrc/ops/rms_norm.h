@@ -12,8 +12,8 @@ namespace modeltorch {
 /// | gamma  | [size]       | T     |
 /// | y      | [rows, size] | T     |
 ///
-/// T is float32 or bfloat16; the mean is a float32 sum. Source: Zhang and Sennrich, "Root Mean Square Layer
-/// Normalization" (2019); docs/contract.md, "The layer".
+/// T is float32, bfloat16 or float16; the mean is a float32 sum. Source: Zhang and Sennrich, "Root Mean
+/// Square Layer Normalization" (2019); docs/contract.md, "The layer".
 struct RmsNorm final : Operation {
   static constexpr std::string_view kName = "RmsNorm";
   float epsilon;

@@ -50,8 +50,10 @@ void run(const Rope&, const KernelArgs& args) {
   rotate<T>(args.in(1), args.in(2), args.in(3), args.out(1));
 }
 
-constexpr CpuFunctions<Rope> kFunctions{run<float>, run<BFloat16>};
+constexpr CpuFunctions<Rope> kFunctions{run<float>, run<BFloat16>, run<Float16>};
 const bool registered = register_cpu<Rope, kFunctions>();
+const bool known = register_operation(
+    Rope::kName, [](const OperationParameters&) -> OperationPtr { return std::make_shared<Rope>(); });
 
 }  // namespace
 }  // namespace modeltorch

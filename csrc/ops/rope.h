@@ -14,7 +14,7 @@ namespace modeltorch {
 /// | cos, sin | [n, head_size]           | T     | one row a token, the two halves are equal  |
 /// | q', k'   | as q, k                  | T     |                                            |
 ///
-/// T is float32 or bfloat16. Source: Su et al., "RoFormer" (2021), in the form of Hugging Face's
+/// T is float32, bfloat16 or float16. Source: Su et al., "RoFormer" (2021), in the form of Hugging Face's
 /// modeling_qwen2.py; docs/contract.md, "The layer".
 struct Rope final : Operation {
   static constexpr std::string_view kName = "Rope";

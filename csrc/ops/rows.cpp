@@ -43,8 +43,8 @@ Level choose_level() {
   if (wanted.empty()) return best;
   for (const Level level : {Level::kGeneric, Level::kAvx2, Level::kAvx512}) {
     if (wanted != kLevelNames[static_cast<int>(level)]) continue;
-    check(level <= best, "MODELTORCH_CPU_LEVEL=", wanted, " asks for more than this processor has: ",
-          kLevelNames[static_cast<int>(best)]);
+    check(level <= best, "MODELTORCH_CPU_LEVEL=", wanted,
+          " asks for more than this processor has: ", kLevelNames[static_cast<int>(best)]);
     return level;
   }
   fail(ErrorKind::kValue, "MODELTORCH_CPU_LEVEL must be generic, avx2 or avx512, got ", wanted);
@@ -57,7 +57,9 @@ Level level() {
 
 }  // namespace
 
-const char* cpu_level() { return kLevelNames[static_cast<int>(level())]; }
+const char* cpu_level() {
+  return kLevelNames[static_cast<int>(level())];
+}
 
 template <class T>
 const RowKernels<T>& row_kernels() {
@@ -70,5 +72,6 @@ const RowKernels<T>& row_kernels() {
 
 template const RowKernels<float>& row_kernels<float>();
 template const RowKernels<BFloat16>& row_kernels<BFloat16>();
+template const RowKernels<Float16>& row_kernels<Float16>();
 
 }  // namespace modeltorch

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "core/bfloat16.h"
+#include "core/half_floats.h"
 
 namespace modeltorch {
 
@@ -19,17 +19,17 @@ struct KeyRun {
 /// The query rows of one task: `rows` rows that attend to the same keys, and their running softmax.
 ///
 /// Row r sees the keys at positions below limits[r]. The state follows Milakov and Gimelshein, "Online
-/// normalizer calculation for softmax" (2018): after every run, out[r] / sums[r] is the attention over the keys so
-/// far.
+/// normalizer calculation for softmax" (2018): after every run, out[r] / sums[r] is the attention over the
+/// keys so far.
 struct AttentionState {
   int64_t rows = 0;
   int64_t head_size = 0;
-  const float* queries = nullptr;  ///< [rows, head_size], scaled
-  const int64_t* limits = nullptr; ///< [rows]
-  float* maxima = nullptr;         ///< [rows], largest score so far
-  float* sums = nullptr;           ///< [rows], sum of exp(score - maximum)
-  float* out = nullptr;            ///< [rows, head_size], weighted values, not yet divided by sums
-  float* scores = nullptr;         ///< [rows, kKeyChunk], scratch
+  const float* queries = nullptr;   ///< [rows, head_size], scaled
+  const int64_t* limits = nullptr;  ///< [rows]
+  float* maxima = nullptr;          ///< [rows], largest score so far
+  float* sums = nullptr;            ///< [rows], sum of exp(score - maximum)
+  float* out = nullptr;             ///< [rows, head_size], weighted values, not yet divided by sums
+  float* scores = nullptr;          ///< [rows, kKeyChunk], scratch
 };
 
 /// Keys are scored this many at a time.

@@ -1,4 +1,5 @@
-// The inner loops of rows.h for one processor level. The including file has defined, before its target pragma:
+// The inner loops of rows.h for one processor level. The including file has defined, before its target
+// pragma:
 //   MODELTORCH_LEVEL  the namespace       MODELTORCH_LANES  floats in a vector
 //   MODELTORCH_TILE   rows of x that a linear or attention tile holds in registers
 // and has included every standard header. See vec.h for why no standard function is called here.
@@ -11,7 +12,9 @@ namespace MODELTORCH_LEVEL {
 constexpr int64_t kTileRows = MODELTORCH_TILE;
 constexpr int64_t kTileColumns = 4;
 
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
 
 // Calls step(offset, count) over n elements: whole vectors first (count == kLanes), then the rest.
 template <class Step>
@@ -78,7 +81,8 @@ static void rope(const T* x, const T* cos, const T* sin, int64_t d, T* y) {
 
 // acc[r][c] = dot of row r of `a` with row c of `b`, both with k elements.
 template <int64_t R, int64_t C, class A, class B>
-static inline void dot_tile(const A* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t k, Vec (&acc)[R][C]) {
+static inline void dot_tile(const A* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t k,
+                            Vec (&acc)[R][C]) {
   for (int64_t r = 0; r < R; ++r) {
     for (int64_t c = 0; c < C; ++c) acc[r][c] = Vec{};
   }
@@ -105,11 +109,19 @@ static inline void tile_sums(const Vec (&acc)[C], float* out) {
   }
 }
 
-// One float to T without calling a function of another translation unit.
+// One float to T and back, without a function of another translation unit.
 static inline void put(float* p, float value) { *p = value; }
-static inline void put(BFloat16* p, float value) { store_some(p, splat(value), 1); }
 static inline float get(const float* p) { return *p; }
-static inline float get(const BFloat16* p) { return load_some(p, 1)[0]; }
+
+template <class T>
+static inline void put(T* p, float value) {
+  store_some(p, splat(value), 1);
+}
+
+template <class T>
+static inline float get(const T* p) {
+  return load_some(p, 1)[0];
+}
 
 template <int64_t R, int64_t C, class T>
 static inline void linear_nk_tile(const SmallLinear<T>& args, int64_t row, int64_t column) {
@@ -156,7 +168,8 @@ static inline void linear_kn_tile(const SmallLinear<T>& args, int64_t row, int64
     const int64_t at = column + v * kLanes;
     const int64_t count = v + 1 < V ? kLanes : last;
     const Vec bias = args.bias == nullptr ? Vec{} : load_up_to(args.bias + at, count);
-    for (int64_t r = 0; r < R; ++r) store_up_to(args.y + (row + r) * args.y_stride + at, acc[r][v] + bias, count);
+    for (int64_t r = 0; r < R; ++r)
+      store_up_to(args.y + (row + r) * args.y_stride + at, acc[r][v] + bias, count);
   }
 }
 
@@ -177,12 +190,14 @@ static void linear_kn(const SmallLinear<T>& args, int64_t begin, int64_t end) {
 
 template <class T>
 static void scale_to_float(const T* x, float scale, int64_t n, float* out) {
-  each_vector(n, [&](int64_t i, int64_t count) { store_up_to(out + i, load_up_to(x + i, count) * scale, count); });
+  each_vector(
+      n, [&](int64_t i, int64_t count) { store_up_to(out + i, load_up_to(x + i, count) * scale, count); });
 }
 
 // scores[r][j] = queries[r] . keys[j]
 template <int64_t R, class T>
-static inline void score_rows(const AttentionState& state, const T* keys, int64_t stride, int64_t count, int64_t row) {
+static inline void score_rows(const AttentionState& state, const T* keys, int64_t stride, int64_t count,
+                              int64_t row) {
   const int64_t d = state.head_size;
   const float* queries = state.queries + row * d;
   float* scores = state.scores + row * kKeyChunk;
@@ -217,8 +232,9 @@ static inline void soften_row(const AttentionState& state, int64_t row, int64_t 
   state.maxima[row] = maximum;
   state.sums[row] = state.sums[row] * rescale + sum(total);
   float* out = state.out + row * state.head_size;
-  each_vector(state.head_size,
-              [&](int64_t i, int64_t lanes) { store_up_to(out + i, load_up_to(out + i, lanes) * rescale, lanes); });
+  each_vector(state.head_size, [&](int64_t i, int64_t lanes) {
+    store_up_to(out + i, load_up_to(out + i, lanes) * rescale, lanes);
+  });
 }
 
 // out[r][i] += sum_j scores[r][j] * values[j][i] for V vectors from column `at`, the last of `last` elements.
@@ -245,7 +261,8 @@ static inline void weigh_columns(const AttentionState& state, const T* values, i
 }
 
 template <int64_t R, class T>
-static inline void weigh_rows(const AttentionState& state, const T* values, int64_t stride, int64_t count, int64_t row) {
+static inline void weigh_rows(const AttentionState& state, const T* values, int64_t stride, int64_t count,
+                              int64_t row) {
   constexpr int64_t kStep = kTileColumns * kLanes;
   const int64_t d = state.head_size;
   int64_t at = 0;
@@ -259,7 +276,8 @@ static inline void weigh_rows(const AttentionState& state, const T* values, int6
 
 // R rows against one chunk. A row whose limit ends inside the chunk scores the rest as minus infinity.
 template <int64_t R, class T>
-static inline void attend_rows(const AttentionState& state, const KeyRun<T>& run, int64_t offset, int64_t row) {
+static inline void attend_rows(const AttentionState& state, const KeyRun<T>& run, int64_t offset,
+                               int64_t row) {
   int64_t limit = 0;
   for (int64_t r = 0; r < R; ++r) limit = state.limits[row + r] > limit ? state.limits[row + r] : limit;
   const int64_t count = smaller(smaller(kKeyChunk, run.count - offset), limit - run.first - offset);
@@ -292,18 +310,20 @@ template <class T>
 static void finish_attention(const AttentionState& state, int64_t row, T* y) {
   const float scale = state.sums[row] > 0 ? 1.0f / state.sums[row] : 0.0f;
   const float* out = state.out + row * state.head_size;
-  each_vector(state.head_size,
-              [&](int64_t i, int64_t count) { store_up_to(y + i, load_up_to(out + i, count) * scale, count); });
+  each_vector(state.head_size, [&](int64_t i, int64_t count) {
+    store_up_to(y + i, load_up_to(out + i, count) * scale, count);
+  });
 }
 
 template <class T>
 extern const RowKernels<T> kRowKernels = {
-    rms_norm<T>, add<T>, swiglu<T>, rope<T>, linear_nk<T>, linear_kn<T>, scale_to_float<T>, attend<T>,
-    finish_attention<T>,
+    rms_norm<T>,       add<T>,    swiglu<T>,           rope<T>, linear_nk<T>, linear_kn<T>,
+    scale_to_float<T>, attend<T>, finish_attention<T>,
 };
 
 template const RowKernels<float> kRowKernels<float>;
 template const RowKernels<BFloat16> kRowKernels<BFloat16>;
+template const RowKernels<Float16> kRowKernels<Float16>;
 
 }  // namespace MODELTORCH_LEVEL
 }  // namespace modeltorch

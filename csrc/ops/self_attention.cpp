@@ -19,7 +19,8 @@ std::vector<TensorDesc> SelfAttention::infer_shape(const std::vector<TensorDesc>
   return {{q.dtype, {n, shape.heads * shape.head_size}, q.rows}};
 }
 
-Value self_attention(GraphBuilder& graph, Value q, Value k, Value v, Value seq_len, const AttentionShape& shape) {
+Value self_attention(GraphBuilder& graph, Value q, Value k, Value v, Value seq_len,
+                     const AttentionShape& shape) {
   return graph.add("self_attention", std::make_shared<SelfAttention>(shape), {q, k, v, seq_len})[0];
 }
 
@@ -56,9 +57,8 @@ class SelfAttentionCpu final : public Kernel {
     const int64_t at = start * stride + block.kv_head * shape_.head_size;
     const T* keys = args.in(1).as<T>() + at;
     const T* values = args.in(2).as<T>() + at;
-    attention_.attend(block, args.in(0).as<T>(), args.out(0).as<T>(), scratch, [&](int64_t limit, auto use) {
-      use(KeyRun<T>{keys, values, stride, 0, limit});
-    });
+    attention_.attend(block, args.in(0).as<T>(), args.out(0).as<T>(), scratch,
+                      [&](int64_t limit, auto use) { use(KeyRun<T>{keys, values, stride, 0, limit}); });
   }
 
   AttentionShape shape_;
@@ -67,11 +67,14 @@ class SelfAttentionCpu final : public Kernel {
 
 std::unique_ptr<Kernel> make(const KernelSetup& setup) {
   const AttentionShape& shape = dynamic_cast<const SelfAttention&>(setup.operation).shape;
-  if (compute_dtype(setup) == DType::kFloat32) return std::make_unique<SelfAttentionCpu<float>>(shape);
-  return std::make_unique<SelfAttentionCpu<BFloat16>>(shape);
+  return make_cpu_kernel<SelfAttentionCpu>(setup, shape);
 }
 
 const bool registered = register_kernel(SelfAttention::kName, DeviceType::kCpu, make);
+const bool known =
+    register_operation(SelfAttention::kName, [](const OperationParameters& parameters) -> OperationPtr {
+      return std::make_shared<SelfAttention>(attention_shape(parameters));
+    });
 
 }  // namespace
 }  // namespace modeltorch

@@ -17,8 +17,8 @@ namespace modeltorch {
 /// | seq_len | [B]                      | int32 | tokens of each sequence; their sum is n |
 /// | out     | [n, heads * head_size]   | T     |                                     |
 ///
-/// T is float32 or bfloat16; scores and sums are float32. Source: Dao et al., "FlashAttention" (2022);
-/// docs/contract.md, "The layer".
+/// T is float32, bfloat16 or float16; scores and sums are float32. Source: Dao et al., "FlashAttention"
+/// (2022); docs/contract.md, "The layer".
 struct SelfAttention final : Operation {
   static constexpr std::string_view kName = "SelfAttention";
   AttentionShape shape;
@@ -28,6 +28,7 @@ struct SelfAttention final : Operation {
   std::vector<TensorDesc> infer_shape(const std::vector<TensorDesc>& inputs) const override;
 };
 
-Value self_attention(GraphBuilder& graph, Value q, Value k, Value v, Value seq_len, const AttentionShape& shape);
+Value self_attention(GraphBuilder& graph, Value q, Value k, Value v, Value seq_len,
+                     const AttentionShape& shape);
 
 }  // namespace modeltorch

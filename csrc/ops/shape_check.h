@@ -20,7 +20,8 @@ inline void check_rank(std::string_view tensor, const TensorDesc& desc, int rank
 
 /// Throws unless `desc` has these sizes and this element type.
 inline void check_tensor(std::string_view tensor, const TensorDesc& desc, const Dims& dims, DType dtype) {
-  check(desc.dims == dims && desc.dtype == dtype, tensor, " must be ", TensorDesc{dtype, dims}, ", got ", desc);
+  check(desc.dims == dims && desc.dtype == dtype, tensor, " must be ", TensorDesc{dtype, dims}, ", got ",
+        desc);
 }
 
 }  // namespace modeltorch

@@ -41,8 +41,13 @@ void run(const SplitQkv& op, const KernelArgs& args) {
   });
 }
 
-constexpr CpuFunctions<SplitQkv> kFunctions{run<float>, run<BFloat16>};
+constexpr CpuFunctions<SplitQkv> kFunctions{run<float>, run<BFloat16>, run<Float16>};
 const bool registered = register_cpu<SplitQkv, kFunctions>();
+const bool known =
+    register_operation(SplitQkv::kName, [](const OperationParameters& parameters) -> OperationPtr {
+      return std::make_shared<SplitQkv>(parameters.integer("heads"), parameters.integer("kv_heads"),
+                                        parameters.integer("head_size"));
+    });
 
 }  // namespace
 }  // namespace modeltorch

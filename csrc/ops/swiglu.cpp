@@ -36,8 +36,10 @@ void run(const SwiGlu&, const KernelArgs& args) {
   });
 }
 
-constexpr CpuFunctions<SwiGlu> kFunctions{run<float>, run<BFloat16>};
+constexpr CpuFunctions<SwiGlu> kFunctions{run<float>, run<BFloat16>, run<Float16>};
 const bool registered = register_cpu<SwiGlu, kFunctions>();
+const bool known = register_operation(
+    SwiGlu::kName, [](const OperationParameters&) -> OperationPtr { return std::make_shared<SwiGlu>(); });
 
 }  // namespace
 }  // namespace modeltorch

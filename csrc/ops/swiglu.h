@@ -11,7 +11,7 @@ namespace modeltorch {
 /// | gate_up | [rows, 2 * size] | T     | gate is the first half of a row, then up |
 /// | y       | [rows, size]     | T     |                                         |
 ///
-/// T is float32 or bfloat16. Source: Shazeer, "GLU Variants Improve Transformer" (2020).
+/// T is float32, bfloat16 or float16. Source: Shazeer, "GLU Variants Improve Transformer" (2020).
 struct SwiGlu final : Operation {
   static constexpr std::string_view kName = "SwiGlu";
 

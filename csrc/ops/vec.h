@@ -1,6 +1,7 @@
-// Vectors of floats for the level that is being compiled. Included only by rows_impl.h, after the level's macros
-// and target pragma: everything here lives in the level's own namespace, so that the linker can never put one
-// level's code in the place of another's. For the same reason nothing from the standard library is called.
+// Vectors of floats for the level that is being compiled. Included only by rows_impl.h, after the level's
+// macros and target pragma: everything here lives in the level's own namespace, so that the linker can never
+// put one level's code in the place of another's. For the same reason nothing from the standard library is
+// called.
 
 typedef float Vec __attribute__((vector_size(4 * MODELTORCH_LANES)));
 typedef float VecUnaligned __attribute__((vector_size(4 * MODELTORCH_LANES), aligned(4), may_alias));
@@ -13,17 +14,34 @@ typedef float Vec8 __attribute__((vector_size(32)));
 
 constexpr int64_t kLanes = MODELTORCH_LANES;
 
-static inline Vec splat(float value) { return value - Vec{}; }
+static inline Vec splat(float value) {
+  return value - Vec{};
+}
 
-static inline Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
+static inline Vec load(const float* p) {
+  return *reinterpret_cast<const VecUnaligned*>(p);
+}
 
 static inline Vec widen(VecHalf bits) {
   return reinterpret_cast<Vec>(__builtin_convertvector(bits, VecBits) << 16);
 }
 
-static inline Vec load(const BFloat16* p) { return widen(*reinterpret_cast<const VecHalfUnaligned*>(p)); }
+static inline Vec load(const BFloat16* p) {
+  return widen(*reinterpret_cast<const VecHalfUnaligned*>(p));
+}
 
-static inline void store(float* p, Vec value) { *reinterpret_cast<VecUnaligned*>(p) = value; }
+static inline Vec load(const Float16* p) {
+  const VecBits bits = __builtin_convertvector(*reinterpret_cast<const VecHalfUnaligned*>(p), VecBits);
+  const VecBits shifted = (bits & 0x7fffu) << 13;
+  const VecBits scaled = reinterpret_cast<VecBits>(reinterpret_cast<Vec>(shifted) * 0x1p112f);
+  const VecBits special = reinterpret_cast<VecBits>(shifted >= 0x0f800000u);
+  return reinterpret_cast<Vec>((special & (shifted | 0x7f800000u)) | (~special & scaled) |
+                               ((bits & 0x8000u) << 16));
+}
+
+static inline void store(float* p, Vec value) {
+  *reinterpret_cast<VecUnaligned*>(p) = value;
+}
 
 static inline void store(BFloat16* p, Vec value) {
   const VecBits word = reinterpret_cast<VecBits>(value);
@@ -31,6 +49,20 @@ static inline void store(BFloat16* p, Vec value) {
   const VecBits is_nan = reinterpret_cast<VecBits>((word & 0x7fffffffu) > 0x7f800000u);
   const VecBits chosen = (is_nan & 0x7fc0u) | (~is_nan & rounded);
   *reinterpret_cast<VecHalfUnaligned*>(p) = __builtin_convertvector(chosen, VecHalf);
+}
+
+// The vector form of Float16(float): see core/half_floats.h.
+static inline void store(Float16* p, Vec value) {
+  const VecBits word = reinterpret_cast<VecBits>(value);
+  const VecBits magnitude = word & 0x7fffffffu;
+  const VecBits too_large = reinterpret_cast<VecBits>(magnitude >= 0x47800000u);
+  const VecBits is_nan = reinterpret_cast<VecBits>(magnitude > 0x7f800000u);
+  const VecBits subnormal = reinterpret_cast<VecBits>(magnitude < 0x38800000u);
+  const VecBits special = (is_nan & 0x0200u) | 0x7c00u;
+  const VecBits small = reinterpret_cast<VecBits>(reinterpret_cast<Vec>(magnitude) + 0.5f) - 0x3f000000u;
+  const VecBits normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  const VecBits half = (too_large & special) | (subnormal & small) | (~(too_large | subnormal) & normal);
+  *reinterpret_cast<VecHalfUnaligned*>(p) = __builtin_convertvector(half | ((word >> 16) & 0x8000u), VecHalf);
 }
 
 // The first `count` < kLanes elements; the other lanes are zero, or are not written.
@@ -74,7 +106,9 @@ static inline float sum(Vec v) {
   return (f[0] + f[2]) + (f[1] + f[3]);
 }
 
-static inline Vec max_of(Vec a, Vec b) { return a > b ? a : b; }
+static inline Vec max_of(Vec a, Vec b) {
+  return a > b ? a : b;
+}
 
 static inline float max_lane(Vec v) {
   float best = v[0];

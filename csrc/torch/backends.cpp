@@ -19,6 +19,7 @@ namespace {
 at::ScalarType gemm_type(DType dtype) {
   if (dtype == DType::kFloat32) return at::kFloat;
   if (dtype == DType::kBFloat16) return at::kBFloat16;
+  if (dtype == DType::kFloat16) return at::kHalf;
   fail(ErrorKind::kNotImplemented, "gemm: no kernel for ", dtype);
 }
 

@@ -1,10 +1,12 @@
-// The door: torch.classes.ModelTorch.ModelTorch.
+// The door: torch.classes.ModelTorch.ModelTorch and torch.classes.ModelTorch.Operation.
 
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include "ops/rows.h"
+#include "torch/errors.h"
 #include "torch/model_object.h"
+#include "torch/operation_object.h"
 
 namespace modeltorch {
 namespace {
@@ -21,7 +23,11 @@ TORCH_LIBRARY(ModelTorch, library) {
       .def("counters", &ModelObject::counters)
       .def("weight_spec", &ModelObject::weight_spec)
       .def("progress", &ModelObject::progress);
-  library.def("cpu_level() -> str", []() { return std::string(cpu_level()); });
+  library.class_<OperationObject>("Operation")
+      .def(torch::init<std::string, c10::Dict<std::string, double>>())
+      .def("run", &OperationObject::run);
+  library.def("cpu_level() -> str",
+              []() { return translate_errors("cpu_level", [] { return std::string(cpu_level()); }); });
 }
 
 }  // namespace

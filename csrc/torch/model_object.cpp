@@ -1,24 +1,17 @@
 #include "torch/model_object.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty.h>
 
 #include <nlohmann/json.hpp>
 
 #include "core/check.h"
 #include "models/parameters.h"
 #include "models/registry.h"
+#include "torch/errors.h"
 #include "torch/tensors.h"
 
 namespace modeltorch {
 namespace {
-
-std::vector<TensorView> views_of(const std::vector<GivenTensor>& given) {
-  std::vector<TensorView> views;
-  views.reserve(given.size());
-  for (const GivenTensor& tensor : given) views.push_back(tensor.view);
-  return views;
-}
 
 nlohmann::json to_json(const WeightSpec& spec) {
   nlohmann::json shape = nlohmann::json::array();
@@ -33,30 +26,7 @@ nlohmann::json to_json(const WeightSpec& spec) {
           {"dtype", spec.dtype}, {"shard", spec.shard}, {"checkpoint", spec.checkpoint}};
 }
 
-[[noreturn]] void rethrow(const Error& error, const std::string& where) {
-  const std::string message = where + ": " + error.what();
-  switch (error.kind()) {
-    case ErrorKind::kValue:
-      TORCH_CHECK_VALUE(false, message);
-    case ErrorKind::kNotImplemented:
-      TORCH_CHECK_NOT_IMPLEMENTED(false, message);
-    default:
-      TORCH_CHECK(false, message);
-  }
-}
-
 }  // namespace
-
-std::byte* TensorArena::reserve(size_t bytes) {
-  if (bytes > bytes_ || !memory_.defined()) {
-    memory_.reset();  // gives the old memory back first: it is scratch, and both at once may not fit
-    bytes_ = 0;
-    memory_ = make_tensor({DType::kUInt8, {static_cast<int64_t>(bytes)}}, device_);
-    bytes_ = bytes;
-    ++allocations_;
-  }
-  return static_cast<std::byte*>(memory_.data_ptr());
-}
 
 template <class Body>
 auto ModelObject::guarded(const char* method, Body&& body) {
@@ -66,7 +36,7 @@ auto ModelObject::guarded(const char* method, Body&& body) {
     return body();
   } catch (const Error& error) {
     const std::string model = state_.model ? " [" + state_.model->name() + "]" : "";
-    rethrow(error, model_name_ + "." + method + model);
+    throw_torch_error(error, model_name_ + "." + method + model);
   }
 }
 
@@ -99,8 +69,8 @@ int64_t ModelObject::set_weight(const std::vector<at::Tensor>& weights) {
     const std::vector<GivenTensor> given = describe(held);
     if (!state_.keys.empty()) {
       const Device cache_device = describe(state_.keys[0]).device;
-      check(given.back().device == cache_device, "the weights must be on ", cache_device, " as the caches are, got ",
-            given.back().device);
+      check(given.back().device == cache_device, "the weights must be on ", cache_device,
+            " as the caches are, got ", given.back().device);
     }
     target.accept_weights(given);
     state_.runner = std::make_unique<GraphRunner>(target.build_graph(), target.input_rows(), target.device());
@@ -113,12 +83,13 @@ int64_t ModelObject::set_weight(const std::vector<at::Tensor>& weights) {
   });
 }
 
-int64_t ModelObject::set_kv_cache(const std::vector<at::Tensor>& keys, const std::vector<at::Tensor>& values) {
+int64_t ModelObject::set_kv_cache(const std::vector<at::Tensor>& keys,
+                                  const std::vector<at::Tensor>& values) {
   return guarded("set_kv_cache", [&]() -> int64_t {
     Model& target = model();
     const auto expected = static_cast<size_t>(target.cache_count());
-    check(keys.size() == expected && values.size() == expected, "set_kv_cache takes ", expected, " key and ", expected,
-          " value caches, got ", keys.size(), " and ", values.size());
+    check(keys.size() == expected && values.size() == expected, "set_kv_cache takes ", expected, " key and ",
+          expected, " value caches, got ", keys.size(), " and ", values.size());
     const std::vector<GivenTensor> given_keys = describe(keys);
     const std::vector<GivenTensor> given_values = describe(values);
     if (state_.runner) {
@@ -155,18 +126,20 @@ void ModelObject::run(const Step& step, const std::vector<at::Tensor>& outputs) 
   state_.runner->run(step.inputs, views, step.info, *state_.arena, nullptr);
 }
 
-std::vector<at::Tensor> ModelObject::execute(const std::vector<at::Tensor>& inputs, const std::string& parameters) {
+std::vector<at::Tensor> ModelObject::execute(const std::vector<at::Tensor>& inputs,
+                                             const std::string& parameters) {
   return guarded("execute", [&] {
     const Step step = prepare(inputs, parameters);
     std::vector<at::Tensor> outputs;
-    for (const TensorDesc& desc : model().output_descs(step.info)) outputs.push_back(make_tensor(desc, model().device()));
+    for (const TensorDesc& desc : model().output_descs(step.info))
+      outputs.push_back(make_tensor(desc, model().device()));
     run(step, outputs);
     return outputs;
   });
 }
 
-int64_t ModelObject::execute_out(const std::vector<at::Tensor>& inputs, const std::vector<at::Tensor>& outputs,
-                                 const std::string& parameters) {
+int64_t ModelObject::execute_out(const std::vector<at::Tensor>& inputs,
+                                 const std::vector<at::Tensor>& outputs, const std::string& parameters) {
   return guarded("execute_out", [&]() -> int64_t {
     const Step step = prepare(inputs, parameters);
     const std::vector<TensorDesc> expected = model().output_descs(step.info);
@@ -174,8 +147,8 @@ int64_t ModelObject::execute_out(const std::vector<at::Tensor>& inputs, const st
           outputs.size());
     for (size_t index = 0; index < outputs.size(); ++index) {
       const GivenTensor given = describe(outputs[index]);
-      check(given.view.dims == expected[index].dims && given.view.dtype == expected[index].dtype, "output ", index,
-            " must be ", expected[index], ", got ", given.view);
+      check(given.view.dims == expected[index].dims && given.view.dtype == expected[index].dtype, "output ",
+            index, " must be ", expected[index], ", got ", given.view);
       check(given.device == model().device(), "output ", index, " must be on ", model().device(), ", got ",
             given.device);
       check(given.contiguous, "output ", index, " must be contiguous, got a strided ", given.view);
@@ -188,7 +161,8 @@ int64_t ModelObject::execute_out(const std::vector<at::Tensor>& inputs, const st
 std::string ModelObject::graph() {
   return guarded("graph", [&] {
     model();
-    if (!state_.runner) fail(ErrorKind::kRuntime, "set_weight must come before graph: the weights decide the nodes");
+    if (!state_.runner)
+      fail(ErrorKind::kRuntime, "set_weight must come before graph: the weights decide the nodes");
     return state_.runner->describe();
   });
 }

@@ -12,30 +12,14 @@
 
 #include "graph/runner.h"
 #include "models/model.h"
+#include "torch/tensor_arena.h"
 
 namespace modeltorch {
 
-/// An arena in a tensor of torch's allocator.
-class TensorArena final : public Arena {
- public:
-  explicit TensorArena(Device device) : device_(device) {}
-
-  std::byte* reserve(size_t bytes) override;
-
-  size_t bytes() const { return bytes_; }
-  int64_t allocations() const { return allocations_; }
-
- private:
-  Device device_;
-  at::Tensor memory_;
-  size_t bytes_ = 0;
-  int64_t allocations_ = 0;
-};
-
 /// torch.classes.ModelTorch.ModelTorch: one phase of one model (docs/contract.md).
 ///
-/// Calls on one object are serialised by its mutex. Every method throws a ValueError, a NotImplementedError or a
-/// RuntimeError, and then leaves the object as it was. Methods that return a number return 0.
+/// Calls on one object are serialised by its mutex. Every method throws a ValueError, a NotImplementedError
+/// or a RuntimeError, and then leaves the object as it was. Methods that return a number return 0.
 class ModelObject final : public torch::CustomClassHolder {
  public:
   /// Any name constructs; an unknown one is refused by set_param.
@@ -60,8 +44,8 @@ class ModelObject final : public torch::CustomClassHolder {
   /// The nodes, tensors, shapes and memory plan of the last step, as text.
   std::string graph();
 
-  /// What the object has done: executions, plans, plans_built, plans_evicted, shape_inferences, kernel_setups,
-  /// arena_allocations, arena_bytes.
+  /// What the object has done: executions, plans, plans_built, plans_evicted, shape_inferences,
+  /// kernel_setups, arena_allocations, arena_bytes.
   c10::Dict<std::string, int64_t> counters();
 
   /// The weight list as a JSON array of {name, slot, shape, dtype, shard, checkpoint}.
@@ -74,7 +58,6 @@ class ModelObject final : public torch::CustomClassHolder {
   /// Everything that one set_param creates and the next one replaces.
   struct State {
     std::unique_ptr<Model> model;
-    std::string dtype_name;
     std::vector<at::Tensor> weights;
     std::vector<at::Tensor> keys;
     std::vector<at::Tensor> values;

@@ -74,8 +74,16 @@ std::vector<GivenTensor> describe(const std::vector<at::Tensor>& tensors) {
   return given;
 }
 
+std::vector<TensorView> views_of(const std::vector<GivenTensor>& given) {
+  std::vector<TensorView> views;
+  views.reserve(given.size());
+  for (const GivenTensor& tensor : given) views.push_back(tensor.view);
+  return views;
+}
+
 at::Tensor make_tensor(const TensorDesc& desc, Device device) {
-  const at::TensorOptions options = at::TensorOptions(scalar_type_of(desc.dtype)).device(torch_device_of(device));
+  const at::TensorOptions options =
+      at::TensorOptions(scalar_type_of(desc.dtype)).device(torch_device_of(device));
   return at::empty({desc.dims.begin(), static_cast<size_t>(desc.dims.rank())}, options);
 }
 

@@ -13,6 +13,9 @@ namespace modeltorch {
 GivenTensor describe(const at::Tensor& tensor);
 std::vector<GivenTensor> describe(const std::vector<at::Tensor>& tensors);
 
+/// What kernels see of described tensors.
+std::vector<TensorView> views_of(const std::vector<GivenTensor>& given);
+
 /// A fresh tensor, uninitialised.
 at::Tensor make_tensor(const TensorDesc& desc, Device device);
 

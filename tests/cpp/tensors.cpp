@@ -7,13 +7,15 @@
 #include <new>
 #include <thread>
 
-#include "core/bfloat16.h"
+#include "core/half_floats.h"
 #include "core/parallel.h"
 #include "graph/kernel.h"
 
 namespace test {
 
 using namespace modeltorch;
+
+constexpr std::align_val_t kAlignment{kArenaAlignment};
 
 Tensor::Tensor(DType dtype, const Dims& dims) {
   const size_t bytes = TensorDesc{dtype, dims}.bytes();
@@ -42,6 +44,8 @@ double Tensor::get(int64_t index) const {
       return view_.as<float>()[index];
     case DType::kBFloat16:
       return static_cast<float>(view_.as<BFloat16>()[index]);
+    case DType::kFloat16:
+      return static_cast<float>(view_.as<Float16>()[index]);
     case DType::kInt32:
       return view_.as<int32_t>()[index];
     default:
@@ -57,6 +61,9 @@ void Tensor::set(int64_t index, double value) {
       return;
     case DType::kBFloat16:
       view_.as<BFloat16>()[index] = BFloat16(static_cast<float>(value));
+      return;
+    case DType::kFloat16:
+      view_.as<Float16>()[index] = Float16(static_cast<float>(value));
       return;
     case DType::kInt32:
       view_.as<int32_t>()[index] = static_cast<int32_t>(value);
@@ -96,7 +103,6 @@ std::vector<Tensor> run_operation(const Operation& operation, const std::vector<
   expect(factory != nullptr, operation.name(), " has no CPU kernel");
   const std::unique_ptr<Kernel> kernel = factory({operation, input_descs, output_descs, Device{}});
   const size_t bytes = kernel->workspace_bytes();
-  constexpr std::align_val_t kAlignment{64};
   void* workspace = ::operator new(bytes, kAlignment);
   std::memset(workspace, 0xff, bytes);
   const StepInfo step;
@@ -125,6 +131,21 @@ double worst_row_error(const Tensor& out, const std::vector<double>& expected, i
     worst = std::max(worst, error);
   }
   return worst;
+}
+
+std::byte* HeapArena::reserve(size_t bytes) {
+  if (memory_ == nullptr || bytes > bytes_) {
+    drop();
+    memory_ = static_cast<std::byte*>(::operator new(bytes, kAlignment));
+    bytes_ = bytes;
+    std::memset(memory_, 0xff, bytes);
+  }
+  return memory_;
+}
+
+void HeapArena::drop() {
+  if (memory_ != nullptr) ::operator delete(memory_, kAlignment);
+  memory_ = nullptr;
 }
 
 namespace {

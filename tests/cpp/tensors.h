@@ -8,6 +8,7 @@
 
 #include "core/tensor_view.h"
 #include "graph/operation.h"
+#include "graph/runner.h"
 #include "test.h"
 
 namespace test {
@@ -21,7 +22,7 @@ using modeltorch::TensorView;
 
 using Random = std::mt19937_64;
 
-inline constexpr DType kFloats[] = {DType::kFloat32, DType::kBFloat16};
+inline constexpr DType kFloats[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 
 /// A tensor that owns its memory: exactly its elements, one element off the allocator's alignment, so that a
 /// sanitizer sees every step beyond it and kernels cannot count on aligned rows.
@@ -59,13 +60,31 @@ std::vector<Tensor> run_operation(const Operation& operation, const std::vector<
 /// larger, of the average row. Infinite if anything is not a number.
 double worst_row_error(const Tensor& out, const std::vector<double>& expected, int64_t row_size);
 
-/// Expects every row to be right: float32 to 1e-5, bfloat16 to 1e-2.
+/// How far a row may be off after one rounding to this type.
+constexpr double tolerance(DType dtype) {
+  return dtype == DType::kFloat32 ? 1e-5 : dtype == DType::kBFloat16 ? 1e-2 : 2e-3;
+}
+
+/// Expects every row to be right to the tolerance of its type.
 template <class... Parts>
 void expect_close(const Tensor& out, const std::vector<double>& expected, int64_t row_size, const Parts&... parts) {
-  const double limit = out.view().dtype == DType::kFloat32 ? 1e-5 : 1e-2;
   const double error = worst_row_error(out, expected, row_size);
-  expect(error < limit, parts..., " ", out.view(), ": error ", error);
+  expect(error < tolerance(out.view().dtype), parts..., " ", out.view(), ": error ", error);
 }
+
+/// Poisoned memory for a runner, exactly as large as the largest request.
+class HeapArena final : public modeltorch::Arena {
+ public:
+  ~HeapArena() override { drop(); }
+  std::byte* reserve(size_t bytes) override;
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void drop();
+
+  std::byte* memory_ = nullptr;
+  size_t bytes_ = 0;
+};
 
 /// While it lives, parallel_for runs on three threads of its own.
 class ThreeThreads {

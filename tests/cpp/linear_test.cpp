@@ -1,0 +1,105 @@
+#include <array>
+
+#include "ops/linear.h"
+#include "tensors.h"
+
+using namespace modeltorch;
+using namespace test;
+
+namespace {
+
+struct Part {
+  int64_t n;
+  bool transposed;
+  bool has_bias;
+};
+
+// Runs a Linear of these parts on random tensors and compares it with three plain loops.
+void check_linear(Random& random, DType dtype, int64_t rows, int64_t k, const std::vector<Part>& parts) {
+  const Tensor x = Tensor::random(random, dtype, {rows, k});
+  std::vector<Tensor> weights;
+  std::vector<LinearPart> layout;
+  int64_t columns = 0;
+  for (const Part& part : parts) {
+    weights.push_back(Tensor::random(random, dtype, part.transposed ? Dims{part.n, k} : Dims{k, part.n}));
+    if (part.has_bias) weights.push_back(Tensor::random(random, dtype, {part.n}, -4.0, 4.0));
+    layout.push_back({part.transposed, part.has_bias});
+    columns += part.n;
+  }
+  std::vector<const Tensor*> inputs{&x};
+  for (const Tensor& weight : weights) inputs.push_back(&weight);
+  const Tensor y = std::move(run_operation(Linear(layout), inputs)[0]);
+  expect(y.dims() == Dims{rows, columns}, "shape ", y.view());
+
+  std::vector<double> expected(rows * columns);
+  const std::vector<double> left = x.values();
+  int64_t column = 0;
+  size_t at = 0;
+  for (const Part& part : parts) {
+    const std::vector<double> weight = weights[at++].values();
+    const std::vector<double> bias = part.has_bias ? weights[at++].values() : std::vector<double>(part.n, 0.0);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < part.n; ++j) {
+        double sum = bias[j];
+        for (int64_t p = 0; p < k; ++p) sum += left[i * k + p] * weight[part.transposed ? j * k + p : p * part.n + j];
+        expected[i * columns + column + j] = sum;
+      }
+    }
+    column += part.n;
+  }
+  expect_close(y, expected, columns, "linear of ", parts.size(), " parts, first ", parts[0].n, " columns, [n, k] ",
+               parts[0].transposed, ", bias ", parts[0].has_bias, ", k ", k);
+}
+
+}  // namespace
+
+// Up to 8 rows go through our loops, more through gemm.
+TEST(linear_matches_plain_loops) {
+  const std::vector<std::vector<Part>> layouts = {
+      {{1, true, false}},
+      {{1, false, true}},
+      {{67, true, true}},
+      {{67, false, true}},
+      {{130, false, false}},
+      {{64, true, false}},
+      {{77, true, true}, {15, true, true}, {15, true, true}},
+      {{33, true, true}, {96, false, false}, {5, false, true}},
+  };
+  Random random(21);
+  for (const DType dtype : kFloats) {
+    for (const int64_t rows : {0, 1, 2, 3, 4, 7, 8, 9, 17}) {
+      for (const int64_t k : {1, 15, 17, 77, 96}) {
+        for (const std::vector<Part>& parts : layouts) check_linear(random, dtype, rows, k, parts);
+      }
+    }
+  }
+}
+
+// Wide enough to be cut into column groups for several threads, whose ends are no multiple of anything.
+TEST(linear_is_cut_into_columns) {
+  Random random(22);
+  const ThreeThreads threads;
+  for (const DType dtype : kFloats) {
+    for (const int64_t rows : {1, 5, 8}) {
+      check_linear(random, dtype, rows, 301, {{1201, true, true}});
+      check_linear(random, dtype, rows, 301, {{1201, false, true}});
+    }
+  }
+}
+
+// Sums are float32 at least: a long sum of ones would stop at 256 in bfloat16, at 2048 in float16.
+TEST(linear_sums_in_float32) {
+  const int64_t k = 4096;
+  for (const DType dtype : kFloats) {
+    for (const bool transposed : {true, false}) {
+      for (const int64_t rows : {1, 3, 9}) {
+        const Tensor x = Tensor::of(dtype, {rows, k}, std::vector<double>(rows * k, 1.0));
+        const Tensor w = Tensor::of(dtype, transposed ? Dims{1, k} : Dims{k, 1}, std::vector<double>(k, 1.0));
+        const std::vector<LinearPart> parts = {{transposed, false}};
+        for (const double sum : run_operation(Linear(parts), {&x, &w})[0].values()) {
+          expect(sum == 4096.0, dtype, ": got ", sum);
+        }
+      }
+    }
+  }
+}
