@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
 
-.PHONY: demo test test-all test-cpp sanitize lint format clean
+.PHONY: demo test test-all test-cpp sanitize kernels lint format clean
 
 demo: $(VENV)/.built  ## answer prompts with the bundled checkpoint
 	$(BIN)/modeltorch generate --prompt "345+678=" --prompt "12-345=" --prompt "sort 31 4 15 926 5=" \
@@ -23,6 +23,10 @@ test-cpp: $(VENV)/.installed
 
 sanitize: $(VENV)/.installed  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	PYTHON=$(BIN)/python tests/cpp/run.sh sanitize
+
+kernels:  ## compile every CUDA kernel where nvcc is present; they run only on a machine with a GPU
+	@if ! command -v nvcc >/dev/null; then echo "no nvcc here: CUDA kernels were not compiled"; \
+	elif [ -z "$$(git ls-files '*.cu')" ]; then echo "there are no CUDA kernels yet"; fi
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

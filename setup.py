@@ -51,15 +51,14 @@ class BuildLibrary(cpp_extension.BuildExtension):
     """torch's ninja build, with a file name that carries the torch minor instead of a Python ABI."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """modeltorch.libmodeltorch -> modeltorch/libmodeltorch_torch2.13.so"""
+        """Maps modeltorch.libmodeltorch to modeltorch/libmodeltorch_torch2.13.so."""
         return os.path.join(*fullname.split(".")) + f"_torch{TORCH_MINOR}.so"
 
     def run(self) -> None:
         """Builds, then writes compile_commands.json for editors and clang tools."""
         if TORCH_MINOR not in SUPPORTED_MINORS:
-            raise SystemExit(
-                f"modeltorch needs torch {SUPPORTED_MINORS[0]} to {SUPPORTED_MINORS[-1]}, found {torch.__version__}"
-            )
+            needed = f"{SUPPORTED_MINORS[0]} to {SUPPORTED_MINORS[-1]}"
+            raise SystemExit(f"modeltorch needs torch {needed}, found {torch.__version__}")
         super().run()
         ninja_file = next(Path(self.build_temp).rglob("build.ninja"), None)
         if ninja_file is not None:

@@ -34,9 +34,7 @@ def library_path() -> Path:
             f"{torch.__version__}: install one of those and run `{_REBUILD}`."
         )
     if not path.exists():
-        built = sorted(
-            p.stem.removeprefix("libmodeltorch_torch") for p in _FOLDER.glob("libmodeltorch_torch*.so")
-        )
+        built = sorted(p.stem.removeprefix("libmodeltorch_torch") for p in _FOLDER.glob("libmodeltorch_torch*.so"))
         found = f"built for torch {', '.join(built)} only" if built else "not built yet"
         raise ImportError(
             f"modeltorch's C++ library is {found}, but this is torch {torch.__version__}: run `{_REBUILD}` in its "
@@ -53,7 +51,7 @@ def load() -> None:
     """
     path = library_path()
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ImportError(
             f"modeltorch could not load {path.name}: {error}. It was most likely built against another build of torch "

@@ -31,9 +31,7 @@ def hardware(device: torch.device) -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = names[0] if names else name
     return f"{name}, {torch.get_num_threads()} threads, {torch.ops.ModelTorch.cpu_level()}"
 
@@ -166,9 +164,7 @@ def decode(subject: Subject, batch: int, context: int) -> Iterator[Result]:
     engine = Engine(subject.model)
     first = context - DECODE_STEPS // 2 - _WARM_UP_STEPS
     if first < 1:
-        raise ValueError(
-            f"--context must be at least {DECODE_STEPS // 2 + _WARM_UP_STEPS + 1}, got {context}"
-        )
+        raise ValueError(f"--context must be at least {DECODE_STEPS // 2 + _WARM_UP_STEPS + 1}, got {context}")
     requests = _admitted(engine, _prompts(subject, [first] * batch), DECODE_STEPS + _WARM_UP_STEPS + 1)
     for request in requests:
         for key, value in engine.cache.pairs:
@@ -177,9 +173,7 @@ def decode(subject: Subject, batch: int, context: int) -> Iterator[Result]:
         request.new_tokens.append(0)
     steps = DecodeBatch(requests, engine.cache.block_size, subject.model.device)
     device = subject.model.device
-    seconds = [
-        _seconds(device, lambda: engine.decode_step(steps)) for _ in range(_WARM_UP_STEPS + DECODE_STEPS)
-    ]
+    seconds = [_seconds(device, lambda: engine.decode_step(steps)) for _ in range(_WARM_UP_STEPS + DECODE_STEPS)]
     for request in requests:
         engine.cache.release(request.blocks)
     yield from _both_units(subject, f"decode_b{batch}_ctx{context}", seconds[_WARM_UP_STEPS:], batch)

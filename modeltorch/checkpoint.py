@@ -20,9 +20,7 @@ _SINGLE = "model.safetensors"
 
 
 def _missing_extra(error: ImportError) -> ImportError:
-    return ImportError(
-        f"checkpoints need the extra [hf] ({error.name} is missing): pip install 'modeltorch[hf]'"
-    )
+    return ImportError(f"checkpoints need the extra [hf] ({error.name} is missing): pip install 'modeltorch[hf]'")
 
 
 def resolve(path_or_hub_id: str | Path) -> Path:
@@ -36,18 +34,14 @@ def resolve(path_or_hub_id: str | Path) -> Path:
         return folder
     name = str(path_or_hub_id)
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(
-            f"a checkpoint is a folder or a hub id (owner/name), got {name}, which is neither"
-        )
+        raise FileNotFoundError(f"a checkpoint is a folder or a hub id (owner/name), got {name}, which is neither")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise _missing_extra(error) from error
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
-    except (
-        Exception
-    ) as error:  # the hub client raises many types, all of which mean that there is no such model here
+    except Exception as error:  # the hub client raises many types, all of which mean that there is no such model here
         raise FileNotFoundError(f"{name} is no folder, and the hub did not give it: {error}") from error
 
 
@@ -79,7 +73,7 @@ class SafetensorsWeights(Mapping[str, torch.Tensor]):
         self._open = {name: safe_open(folder / name, framework="pt") for name in sorted(set(files.values()))}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._open[self._files[name]].get_tensor(name)
+        tensor: torch.Tensor = self._open[self._files[name]].get_tensor(name)  # type: ignore[no-untyped-call]
         return tensor
 
     def __iter__(self) -> Iterator[str]:

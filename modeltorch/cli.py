@@ -38,15 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     generate = commands.add_parser("generate", help="answer prompts")
-    generate.add_argument(
-        "--model", help="checkpoint folder or hub id (default: the bundled arithmetic model)"
-    )
-    generate.add_argument(
-        "--prompt", action="append", help="a prompt; repeatable (default: lines of standard input)"
-    )
-    generate.add_argument(
-        "--max-new-tokens", type=int, help="most tokens of an answer (default: 256 or what fits)"
-    )
+    generate.add_argument("--model", help="checkpoint folder or hub id (default: the bundled arithmetic model)")
+    generate.add_argument("--prompt", action="append", help="a prompt; repeatable (default: lines of standard input)")
+    generate.add_argument("--max-new-tokens", type=int, help="most tokens of an answer (default: 256 or what fits)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     generate.add_argument("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
     generate.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
@@ -54,9 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure prefill, decode and serving")
     model = bench.add_mutually_exclusive_group()
-    model.add_argument(
-        "--shape", default="qwen2.5-0.5b", help="qwen2.5-0.5b, -1.5b or -7b with random weights"
-    )
+    model.add_argument("--shape", default="qwen2.5-0.5b", help="qwen2.5-0.5b, -1.5b or -7b with random weights")
     model.add_argument("--model", help="checkpoint folder or hub id instead of a shape")
     bench.add_argument("--prompt-len", type=_numbers, default=[128, 512], metavar="N,N")
     bench.add_argument("--prefill-batch", type=_numbers, default=[1], metavar="N,N")
@@ -108,10 +100,8 @@ def _generate(arguments: argparse.Namespace) -> None:
             shown = answer.text if answer.text is not None else " ".join(map(str, answer.token_ids))
             print(f"{prompt} {shown}")
     tokens = sum(len(answer.token_ids) for answer in answers)
-    print(
-        f"modeltorch: {tokens} new tokens for {len(prompts)} prompts in {seconds:.3f} s, {tokens / seconds:.1f} tokens/s",
-        file=sys.stderr,
-    )
+    rate = f"{tokens / seconds:.1f} tokens/s"
+    print(f"modeltorch: {tokens} new tokens for {len(prompts)} prompts in {seconds:.3f} s, {rate}", file=sys.stderr)
 
 
 def _bench(arguments: argparse.Namespace) -> None:

@@ -53,18 +53,16 @@ def rope_tables(config: Any, head_size: int, dtype: torch.dtype) -> tuple[torch.
 
 
 def _checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in _DTYPES.values():
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype}")
-    return found
+    for name, known in _DTYPES.items():
+        if dtype in (name, known):
+            return known
+    raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype}")
 
 
 def _check_config(config: Any) -> None:
     model_type = getattr(config, "model_type", "qwen2")
     if model_type != "qwen2":
-        raise NotImplementedError(
-            f"model_type must be qwen2, got {model_type}: other architectures are not built"
-        )
+        raise NotImplementedError(f"model_type must be qwen2, got {model_type}: other architectures are not built")
     if getattr(config, "use_sliding_window", False):
         raise NotImplementedError("use_sliding_window is true, which is not built; only full attention is")
     activation = getattr(config, "hidden_act", "silu")
@@ -205,12 +203,8 @@ class FlashQwen2ForCausalLM:
         }
         self.acl_encoder_operation = torch.classes.ModelTorch.ModelTorch("qwen_PAModel")
         self.acl_decoder_operation = torch.classes.ModelTorch.ModelTorch("qwen_PAModel")
-        self.acl_encoder_operation.set_param(
-            json.dumps({**parameters, "isPrefill": True, "supportLcoc": False})
-        )
-        self.acl_decoder_operation.set_param(
-            json.dumps({**parameters, "isPrefill": False, "supportLcoc": False})
-        )
+        self.acl_encoder_operation.set_param(json.dumps({**parameters, "isPrefill": True, "supportLcoc": False}))
+        self.acl_decoder_operation.set_param(json.dumps({**parameters, "isPrefill": False, "supportLcoc": False}))
 
     def get_weights(self) -> list[torch.Tensor]:
         """The weight list in slot order, as the C++ side describes it; unused slots hold one element.
@@ -295,9 +289,7 @@ class FlashQwen2ForCausalLM:
         ]
         return inputs, json.dumps({"seqLen": input_lengths.tolist()})
 
-    def execute_ascend_operator(
-        self, acl_inputs: list[torch.Tensor], acl_param: str, is_prefill: bool
-    ) -> torch.Tensor:
+    def execute_ascend_operator(self, acl_inputs: list[torch.Tensor], acl_param: str, is_prefill: bool) -> torch.Tensor:
         """Runs a prepared step; returns the logits."""
         operation = self.acl_encoder_operation if is_prefill else self.acl_decoder_operation
         logits: torch.Tensor = operation.execute(acl_inputs, acl_param)[0]
@@ -370,7 +362,7 @@ class FlashQwen2ForCausalLM:
             }
             blocks = self._cache_options["num_blocks"]
             if blocks is None:
-                blocks = PagedCache.blocks_for_memory(self._cache_options["cache_gb"], **sizes)  # type: ignore[arg-type]
+                blocks = PagedCache.blocks_for_memory(self._cache_options["cache_gb"], **sizes)
             self._cache = PagedCache(num_blocks=int(blocks), device=self.device, **sizes)
         return self._cache
 

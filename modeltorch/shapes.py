@@ -24,9 +24,7 @@ class Qwen2Shape:
     rope_theta: float = 1e6
     eos_token_id: int | None = None
 
-    def random_weights(
-        self, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> Mapping[str, torch.Tensor]:
+    def random_weights(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Mapping[str, torch.Tensor]:
         """Weights of this shape under their checkpoint names: normal, deviation 0.02, from torch's generator."""
         head_size = self.hidden_size // self.num_attention_heads
         kv_size = self.num_key_value_heads * head_size

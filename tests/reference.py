@@ -105,9 +105,7 @@ def parameters(shape: Shape, layout: Layout, dtype: torch.dtype, is_prefill: boo
     return {**common, "rmsNormEps": 1e-6}
 
 
-def weight_list(
-    spec: list[dict], model: Qwen2ForCausalLM, layout: Layout, dtype: torch.dtype
-) -> list[torch.Tensor]:
+def weight_list(spec: list[dict], model: Qwen2ForCausalLM, layout: Layout, dtype: torch.dtype) -> list[torch.Tensor]:
     """The list of set_weight, made from transformers' weights by the rules of docs/contract.md, not by the spec's
     shapes: those are what is under test."""
     state = model.state_dict()
@@ -161,9 +159,7 @@ class Runner:
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
         shape = (self.blocks, self.block_size, self.shape.kv_heads, self.shape.head_size)
-        self.caches = [
-            torch.full(shape, float("nan"), dtype=self.dtype) for _ in range(2 * self.shape.layers)
-        ]
+        self.caches = [torch.full(shape, float("nan"), dtype=self.dtype) for _ in range(2 * self.shape.layers)]
         self.free = torch.randperm(self.blocks, generator=self.generator).tolist()
         self.tokens: list[list[int]] = []
         self.tables_of: list[list[int]] = []
@@ -186,9 +182,7 @@ class Runner:
 
     def _block_tables(self, sequences: list[int]) -> torch.Tensor:
         width = max(len(self.tables_of[sequence]) for sequence in sequences)
-        rows = [
-            self.tables_of[sequence] + [0] * (width - len(self.tables_of[sequence])) for sequence in sequences
-        ]
+        rows = [self.tables_of[sequence] + [0] * (width - len(self.tables_of[sequence])) for sequence in sequences]
         return torch.tensor(rows, dtype=torch.int32)
 
     def inputs(
@@ -221,16 +215,12 @@ class Runner:
         self.tokens += [list(prompt) for prompt in prompts]
         self.tables_of += [[] for _ in prompts]
         positions = [place for prompt in prompts for place in range(len(prompt))]
-        slots = [
-            self._slot(first + n, place) for n, prompt in enumerate(prompts) for place in range(len(prompt))
-        ]
+        slots = [self._slot(first + n, place) for n, prompt in enumerate(prompts) for place in range(len(prompt))]
         lengths = [len(prompt) for prompt in prompts]
         rows = torch.arange(sum(lengths)) if indices is None else torch.tensor(indices, dtype=torch.int64)
         block_tables = self._block_tables(list(range(first, len(self.tokens))))
         ids = [token for prompt in prompts for token in prompt]
-        return self.inputs(ids, positions, slots, block_tables, lengths, rows), json.dumps(
-            {"seqLen": lengths}
-        )
+        return self.inputs(ids, positions, slots, block_tables, lengths, rows), json.dumps({"seqLen": lengths})
 
     def prefill(self, prompts: list[list[int]], indices: list[int] | None = None) -> torch.Tensor:
         return self.encoder.execute(*self.prefill_inputs(prompts, indices))[0]
@@ -241,9 +231,7 @@ class Runner:
         for sequence, token in new_tokens.items():
             self.tokens[sequence].append(token)
         lengths = [len(self.tokens[sequence]) for sequence in sequences]
-        slots = [
-            self._slot(sequence, length - 1) for sequence, length in zip(sequences, lengths, strict=True)
-        ]
+        slots = [self._slot(sequence, length - 1) for sequence, length in zip(sequences, lengths, strict=True)]
         inputs = self.inputs(
             list(new_tokens.values()),
             [length - 1 for length in lengths],

@@ -1,7 +1,8 @@
-"""Checkpoints as transformers writes them: what is read, how it is held, and what is said about broken ones."""
+"""Checkpoints as transformers writes them: what is read, how it is held, what is said of broken ones."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -57,6 +58,7 @@ def assert_equals_transformers(folder: Path, dtype: torch.dtype = torch.float32)
     """Logits of every position: equal in float32, no worse than transformers' own in a smaller type."""
     model = opened(folder, dtype)
     same = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    float64 = copy.deepcopy(same).double()
     for tokens, logits in zip(SEQUENCES, model.compute_logits(SEQUENCES), strict=True):
         assert logits.shape == (len(tokens), model.vocab_size)
         assert logits.dtype == torch.float32
@@ -64,11 +66,11 @@ def assert_equals_transformers(folder: Path, dtype: torch.dtype = torch.float32)
         if dtype == torch.float32:
             assert relative_error(logits, theirs) < 1e-4
         else:
-            exact = reference_logits(Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype).double(), tokens)
+            exact = reference_logits(float64, tokens)
             assert relative_error(logits, exact) <= 1.5 * relative_error(theirs, exact)
 
 
-# ---- what is read ---------------------------------------------------------------------------------------------
+# ---- what is read --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -142,7 +144,7 @@ def test_a_folder_may_be_text_or_a_path(tmp_path, kind):
     assert opened(kind(folder)).compute_logits([[1, 2]])[0].shape == (2, Shape().vocab)
 
 
-# ---- how it is held -------------------------------------------------------------------------------------------
+# ---- how it is held ------------------------------------------------------------------------------
 
 
 def test_reading_a_tensor_twice_gives_the_same_memory(tmp_path):
@@ -187,7 +189,8 @@ def grown(dtype):
     model.generate([[1, 2, 3]], max_new_tokens=4)
     return {"loaded": loaded, "used": anonymous() - before}
 
-FlashQwen2ForCausalLM.from_pretrained(sys.argv[2], block_size=16, num_blocks=4).generate([[1]], max_new_tokens=2)
+warm = FlashQwen2ForCausalLM.from_pretrained(sys.argv[2], block_size=16, num_blocks=4)
+warm.generate([[1]], max_new_tokens=2)
 print(json.dumps({"same": grown("bfloat16"), "converted": grown("float32")}))
 """
 
@@ -242,7 +245,7 @@ def test_both_objects_hold_the_same_tensors_and_a_tied_head_is_the_embedding(tmp
     assert head.dtype == dtype
 
 
-# ---- tokenizer and end of an answer ---------------------------------------------------------------------------
+# ---- tokenizer and end of an answer --------------------------------------------------------------
 
 
 def test_a_checkpoint_without_a_tokenizer_takes_token_lists_and_refuses_text(tmp_path):
@@ -281,9 +284,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize(("in_config", "generation_config", "expected"), ENDS.values(), ids=ENDS)
-def test_answers_end_at_the_token_that_the_checkpoint_names(
-    tmp_path, in_config, generation_config, expected
-):
+def test_answers_end_at_the_token_that_the_checkpoint_names(tmp_path, in_config, generation_config, expected):
     folder = written(tmp_path / "it")
     prompt = [7, 3]
     free = opened(folder).generate([prompt], max_new_tokens=8)[0].token_ids
@@ -308,7 +309,7 @@ def test_answers_end_at_the_token_that_the_checkpoint_names(
         assert (answer.token_ids, answer.finish_reason) == (free[:end], "stop")
 
 
-# ---- what is said about broken ones ---------------------------------------------------------------------------
+# ---- what is said about broken ones --------------------------------------------------------------
 
 
 def drop(name: str) -> Callable[[Path], None]:
@@ -360,10 +361,10 @@ BROKEN = {
     "a missing head that is not tied": (drop("lm_head.weight"), ValueError, ["lacks", "lm_head.weight"]),
     "a layer too few": (config(num_hidden_layers=3, layer_types=None), ValueError, ["lacks", "layers.2."]),
     "a matrix of the wrong shape": (reshape(DOWN, 64, 95), ValueError, ["down", "[64, 95]", "96"]),
-    "a norm of the wrong shape": (reshape(LAST_NORM, 63), ValueError, ["post_attention_layernorm", "[63]"]),
-    "too many heads": (config(num_attention_heads=8), ValueError, ["[128, ", "[64, 64]"]),
-    "another vocabulary": (config(vocab_size=500), ValueError, ["vocab_size", "500", "151"]),
-    "another hidden size": (config(hidden_size=128), ValueError, ["hidden_size", "128", "64"]),
+    "a norm of the wrong shape": (reshape(LAST_NORM, 63), ValueError, ["norm", "[63]", "64"]),
+    "too many heads": (config(num_attention_heads=8), ValueError, ["128", "[64, 64]"]),
+    "another vocabulary": (config(vocab_size=500), ValueError, ["embed", "500", "151"]),
+    "another hidden size": (config(hidden_size=128), ValueError, ["embed", "128", "64"]),
     "another architecture": (config(model_type="llama"), NotImplementedError, ["model_type", "llama"]),
     "an unknown architecture": (config(model_type="zork"), NotImplementedError, ["model_type", "zork"]),
     "a sliding window": (config(use_sliding_window=True), NotImplementedError, ["use_sliding_window"]),

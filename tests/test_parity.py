@@ -101,9 +101,7 @@ class Comparison:
     block_size=st.sampled_from([1, 16, 128]),
     seed=st.integers(0, 99),
 )
-def test_prefill_and_decode_equal_transformers(
-    device, dtype, shape, layout, prompt_lengths, block_size, seed
-):
+def test_prefill_and_decode_equal_transformers(device, dtype, shape, layout, prompt_lengths, block_size, seed):
     generator = torch.Generator().manual_seed(seed)
     blocks = sum(-(-(length + 4) // block_size) for length in prompt_lengths) + 3
     runner = Runner(shape, random_model(shape, seed), dtype, device, layout, block_size, blocks, seed)
@@ -127,9 +125,7 @@ def test_logits_rows_come_in_the_order_that_was_asked_for(dtype):
     prompts = [[1, 2, 3, 4], [5, 6], [7]]
     every = runner.prefill(prompts)
     asked = [6, 0, 0, 5, 3]
-    torch.testing.assert_close(
-        runner.prefill(prompts, asked).float(), every[asked].float(), rtol=2e-2, atol=2e-2
-    )
+    torch.testing.assert_close(runner.prefill(prompts, asked).float(), every[asked].float(), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -161,8 +157,6 @@ def test_a_negative_slot_leaves_the_cache_alone():
 def test_no_tokens_give_no_rows():
     shape = Shape()
     runner = Runner(shape, random_model(shape))
-    empty = runner.inputs(
-        [], [], [], torch.zeros(0, 1, dtype=torch.int32), [], torch.zeros(0, dtype=torch.int64)
-    )
+    empty = runner.inputs([], [], [], torch.zeros(0, 1, dtype=torch.int32), [], torch.zeros(0, dtype=torch.int64))
     for step_object in (runner.encoder, runner.decoder):
         assert step_object.execute(empty, '{"seqLen": []}')[0].shape == (0, shape.vocab)

@@ -153,9 +153,7 @@ class Sampler:
         cells = torch.cat([*prompt, *answer], dim=1)
         is_gap = cells == GAP
         order = is_gap.byte().argsort(dim=1, stable=True)[:, :length]
-        is_answer = torch.arange(cells.shape[1], device=self.device) >= sum(
-            part.shape[1] for part in prompt
-        )
+        is_answer = torch.arange(cells.shape[1], device=self.device) >= sum(part.shape[1] for part in prompt)
         is_answer = (is_answer & ~is_gap).gather(1, order)
         batch = Batch(cells.masked_fill(is_gap, PAD).gather(1, order), is_answer)
         kept = ~self.held_out(batch)
@@ -237,9 +235,7 @@ def build_model() -> Qwen2ForCausalLM:
         pad_token_id=PAD,
     )
     model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=32, eos_token_id=EOS, pad_token_id=PAD
-    )
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=32, eos_token_id=EOS, pad_token_id=PAD)
     return model
 
 
@@ -261,9 +257,7 @@ def train(out: Path, minutes: float, args: argparse.Namespace) -> None:
     sampler = Sampler(device, args.seed)
     check_sampler(sampler, tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}", flush=True)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     if args.compile:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
@@ -317,9 +311,7 @@ def evaluate(folder: Path, dtype: torch.dtype, count: int) -> float:
     model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     by_length = defaultdict(list)  # rows of one length need no padding
     for index, example in enumerate(arithmetic.held_out_prompts(count)):
-        by_length[len(example.prompt)].append(
-            (arithmetic.OPERATIONS[index % len(arithmetic.OPERATIONS)], example)
-        )
+        by_length[len(example.prompt)].append((arithmetic.OPERATIONS[index % len(arithmetic.OPERATIONS)], example))
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
     for rows in by_length.values():

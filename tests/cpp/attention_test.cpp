@@ -10,10 +10,10 @@ using namespace test;
 
 namespace {
 
-// {heads, kv_heads, head_size}: every head size of the contract, one key head, as many key heads as heads, groups of
-// 7 and of more than the 64 rows that share a pass.
-constexpr int64_t kShapes[][3] = {{1, 1, 2},   {4, 4, 64},  {7, 1, 80},  {14, 2, 96}, {6, 3, 128},
-                                  {2, 1, 256}, {3, 3, 6},   {64, 1, 2},  {130, 2, 4}, {5, 1, 34}};
+// {heads, kv_heads, head_size}: every head size of the contract, one key head, as many key heads as heads,
+// groups of 7 and of more than the 64 rows that share a pass.
+constexpr int64_t kShapes[][3] = {{1, 1, 2},   {4, 4, 64}, {7, 1, 80}, {14, 2, 96}, {6, 3, 128},
+                                  {2, 1, 256}, {3, 3, 6},  {64, 1, 2}, {130, 2, 4}, {5, 1, 34}};
 
 AttentionShape shape_of(const int64_t (&sizes)[3]) {
   return {.heads = sizes[0], .kv_heads = sizes[1], .head_size = sizes[2], .scale = 0.3f};
@@ -40,8 +40,8 @@ void attend(const AttentionShape& shape, const double* q, int64_t head, const st
   }
 }
 
-std::vector<double> self_attention_of(const AttentionShape& shape, const Tensor& q, const Tensor& k, const Tensor& v,
-                                      const std::vector<int64_t>& lengths) {
+std::vector<double> self_attention_of(const AttentionShape& shape, const Tensor& q, const Tensor& k,
+                                      const Tensor& v, const std::vector<int64_t>& lengths) {
   const std::vector<double> queries = q.values(), keys = k.values(), values = v.values();
   std::vector<double> expected(q.count());
   int64_t start = 0;
@@ -49,7 +49,9 @@ std::vector<double> self_attention_of(const AttentionShape& shape, const Tensor&
     for (int64_t i = 0; i < length; ++i) {
       for (int64_t head = 0; head < shape.heads; ++head) {
         const int64_t at = ((start + i) * shape.heads + head) * shape.head_size;
-        attend(shape, &queries[at], head, keys, values, i + 1, [&](int64_t j) { return start + j; }, &expected[at]);
+        attend(
+            shape, &queries[at], head, keys, values, i + 1, [&](int64_t j) { return start + j; },
+            &expected[at]);
       }
     }
     start += length;
@@ -61,7 +63,8 @@ Tensor int32s(const std::vector<int64_t>& values) {
   return Tensor::of(DType::kInt32, {static_cast<int64_t>(values.size())}, {values.begin(), values.end()});
 }
 
-void check_self_attention(Random& random, DType dtype, const AttentionShape& shape, const std::vector<int64_t>& lengths) {
+void check_self_attention(Random& random, DType dtype, const AttentionShape& shape,
+                          const std::vector<int64_t>& lengths) {
   const int64_t n = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
   const Tensor q = Tensor::random(random, dtype, {n, shape.heads, shape.head_size}, -2.0, 2.0);
   const Tensor k = Tensor::random(random, dtype, {n, shape.kv_heads, shape.head_size});
@@ -69,9 +72,9 @@ void check_self_attention(Random& random, DType dtype, const AttentionShape& sha
   const Tensor seq_len = int32s(lengths);
   const Tensor out = std::move(run_operation(SelfAttention(shape), {&q, &k, &v, &seq_len})[0]);
   expect(out.dims() == Dims{n, shape.heads * shape.head_size}, "shape ", out.view());
-  expect_close(out, self_attention_of(shape, q, k, v, lengths), shape.head_size, "self attention, ", shape.heads, "/",
-               shape.kv_heads, " heads of ", shape.head_size, ", ", lengths.size(), " sequences, first ",
-               lengths.empty() ? 0 : lengths[0]);
+  expect_close(out, self_attention_of(shape, q, k, v, lengths), shape.head_size, "self attention, ",
+               shape.heads, "/", shape.kv_heads, " heads of ", shape.head_size, ", ", lengths.size(),
+               " sequences, first ", lengths.empty() ? 0 : lengths[0]);
 }
 
 // A paged cache whose rows are NaN until somebody writes them, and the tables that point into it.
@@ -92,13 +95,15 @@ struct PagedCase {
         v_cache(dtype, k_cache.dims()),
         tables(DType::kInt32, {static_cast<int64_t>(contexts.size()), kWidth}),
         seq_len(int32s(contexts)),
-        q(Tensor::random(random, dtype, {static_cast<int64_t>(contexts.size()), shape.heads, shape.head_size}, -2.0, 2.0)),
+        q(Tensor::random(random, dtype, {static_cast<int64_t>(contexts.size()), shape.heads, shape.head_size},
+                         -2.0, 2.0)),
         blocks(blocks),
         contexts(contexts) {
     for (size_t b = 0; b < contexts.size(); ++b) {
       // Entries that are not in use may be anything: these would lead far outside the cache.
       for (int64_t i = 0; i < kWidth; ++i) tables.set(b * kWidth + i, i % 2 == 0 ? 2e9 : -7.0);
-      for (size_t i = 0; i < blocks[b].size(); ++i) tables.set(b * kWidth + i, static_cast<double>(blocks[b][i]));
+      for (size_t i = 0; i < blocks[b].size(); ++i)
+        tables.set(b * kWidth + i, static_cast<double>(blocks[b][i]));
       for (int64_t j = 0; j < contexts[b]; ++j) write_row(random, row_of(b, j));
     }
   }
@@ -118,18 +123,21 @@ struct PagedCase {
   }
 
   void check() const {
-    const Tensor out = std::move(run_operation(PagedAttention(shape), {&q, &k_cache, &v_cache, &tables, &seq_len})[0]);
+    const Tensor out =
+        std::move(run_operation(PagedAttention(shape), {&q, &k_cache, &v_cache, &tables, &seq_len})[0]);
     const std::vector<double> queries = q.values(), keys = k_cache.values(), values = v_cache.values();
     std::vector<double> expected(q.count());
     for (size_t b = 0; b < contexts.size(); ++b) {
       for (int64_t head = 0; head < shape.heads; ++head) {
         const int64_t at = (static_cast<int64_t>(b) * shape.heads + head) * shape.head_size;
-        attend(shape, &queries[at], head, keys, values, contexts[b], [&](int64_t j) { return row_of(b, j); },
-               &expected[at]);
+        attend(
+            shape, &queries[at], head, keys, values, contexts[b], [&](int64_t j) { return row_of(b, j); },
+            &expected[at]);
       }
     }
-    expect_close(out, expected, shape.head_size, "paged attention, ", shape.heads, "/", shape.kv_heads, " heads of ",
-                 shape.head_size, ", blocks of ", k_cache.dims()[1], ", ", contexts.size(), " sequences");
+    expect_close(out, expected, shape.head_size, "paged attention, ", shape.heads, "/", shape.kv_heads,
+                 " heads of ", shape.head_size, ", blocks of ", k_cache.dims()[1], ", ", contexts.size(),
+                 " sequences");
   }
 
   static constexpr int64_t kBlocks = 12;
@@ -183,8 +191,8 @@ TEST(self_attention_is_causal_to_the_bit) {
   }
 }
 
-// Scores of +-1000, exact in float32, that grow or shrink along the keys: a softmax that does not follow the largest
-// score overflows, or loses what it had.
+// Scores of +-1000, exact in float32, that grow or shrink along the keys: a softmax that does not follow the
+// largest score overflows, or loses what it had.
 TEST(attention_follows_the_largest_score) {
   const AttentionShape shape{.heads = 2, .kv_heads = 1, .head_size = 2, .scale = 1.0f};
   const int64_t n = 200;
@@ -220,7 +228,8 @@ TEST(self_attention_keeps_nans_in_their_sequence) {
     const Tensor seq_len = int32s({10, 10, 10});
     const std::vector<double> out = run_operation(SelfAttention(shape), {&q, &k, &v, &seq_len})[0].values();
     for (int64_t i = 0; i < 30 * row; ++i) {
-      expect(std::isnan(out[i]) == (i >= 10 * row && i < 20 * row), "element ", i % row, " of token ", i / row);
+      expect(std::isnan(out[i]) == (i >= 10 * row && i < 20 * row), "element ", i % row, " of token ",
+             i / row);
     }
   }
 }
@@ -232,7 +241,8 @@ TEST(paged_attention_reads_its_blocks) {
       for (const auto& sizes : kShapes) {
         const AttentionShape shape = shape_of(sizes);
         // Out of order, with a prefix that two sequences share and a block that stands twice in a table.
-        PagedCase(random, dtype, shape, 16, {{3}, {7}, {11, 0}, {11, 5, 2}, {9, 9, 1}}, {1, 15, 17, 48, 33}).check();
+        PagedCase(random, dtype, shape, 16, {{3}, {7}, {11, 0}, {11, 5, 2}, {9, 9, 1}}, {1, 15, 17, 48, 33})
+            .check();
         PagedCase(random, dtype, shape, 128, {{2}, {4, 0}, {4, 11}}, {128, 129, 130}).check();
       }
     }
@@ -253,5 +263,6 @@ TEST(paged_attention_of_odd_block_sizes) {
 
 TEST(paged_attention_over_no_keys_gives_zeros) {
   Random random(43);
-  for (const DType dtype : kFloats) PagedCase(random, dtype, shape_of(kShapes[2]), 16, {{4}, {}}, {3, 0}).check();
+  for (const DType dtype : kFloats)
+    PagedCase(random, dtype, shape_of(kShapes[2]), 16, {{4}, {}}, {3, 0}).check();
 }

@@ -1,7 +1,7 @@
 // The graph builder and the fusion passes. runner_test.cpp runs graphs.
 
-#include "graph/fusion.h"
 #include "graph/graph.h"
+#include "graph/fusion.h"
 #include "graph/plan.h"
 #include "ops/add.h"
 #include "ops/add_rms_norm.h"
@@ -17,7 +17,8 @@ namespace {
 
 std::string operations_of(const Graph& graph) {
   std::string text;
-  for (const Node& node : graph.nodes) text += (text.empty() ? "" : " ") + std::string(node.operation->name());
+  for (const Node& node : graph.nodes)
+    text += (text.empty() ? "" : " ") + std::string(node.operation->name());
   return text;
 }
 
@@ -29,7 +30,8 @@ void expect_ordered(const Graph& graph) {
     written[id] = kind == ValueKind::kInput || kind == ValueKind::kWeight || kind == ValueKind::kCache;
   }
   for (const Node& node : graph.nodes) {
-    for (const Value value : node.inputs) expect(written[value.id] != 0, node.name, " reads an unwritten value");
+    for (const Value value : node.inputs)
+      expect(written[value.id] != 0, node.name, " reads an unwritten value");
     for (const Value value : node.outputs) {
       expect(written[value.id] == 0, node.name, " writes a value again");
       written[value.id] = true;
@@ -77,8 +79,10 @@ TEST(scopes_name_nodes_and_values) {
   expect(graph.nodes[1].name == "layers.0.add", graph.nodes[1].name);
   expect(graph.nodes[3].name == "add", graph.nodes[3].name);
   const std::vector<Value>& parts = graph.nodes[2].outputs;
-  expect(parts.size() == 3 && graph.values[parts[2].id].name == "layers.0.split_qkv:2", "three outputs by number");
-  expect(graph.values[y.id].name == "layers.0.add" && graph.values[y.id].kind == ValueKind::kIntermediate, "y");
+  expect(parts.size() == 3 && graph.values[parts[2].id].name == "layers.0.split_qkv:2",
+         "three outputs by number");
+  expect(graph.values[y.id].name == "layers.0.add" && graph.values[y.id].kind == ValueKind::kIntermediate,
+         "y");
   expect(graph.values[x.id].kind == ValueKind::kInput && graph.values[x.id].slot == 3, "x");
 }
 
@@ -96,10 +100,12 @@ TEST(readers_and_writers_are_found) {
 TEST(unknown_values_are_refused) {
   Start start;
   for (const Value stranger : {Value{}, Value{3}, Value{99}, Value{-7}}) {
-    expect_throws([&] { add(start.builder, start.a, stranger); }, ErrorKind::kValue, "Add", "not a value of this graph");
+    expect_throws([&] { add(start.builder, start.a, stranger); }, ErrorKind::kValue, "Add",
+                  "not a value of this graph");
     expect_throws([&] { start.builder.mark_output(stranger, "y", 0); }, ErrorKind::kValue, "output y");
   }
-  expect_throws([&] { start.builder.mark_output(start.a, "y", 0); }, ErrorKind::kValue, "output y", "not computed");
+  expect_throws([&] { start.builder.mark_output(start.a, "y", 0); }, ErrorKind::kValue, "output y",
+                "not computed");
   const Value sum = add(start.builder, start.a, start.b);
   start.builder.mark_output(sum, "y", 4);
   const Graph graph = start.builder.finish();
@@ -116,7 +122,8 @@ TEST(add_and_norm_become_one_node) {
   const Graph graph = start.fused();
   expect(operations_of(graph) == "AddRmsNorm", operations_of(graph));
   const Node& node = graph.nodes[0];
-  expect(node.name == "mlp.rms_norm" && epsilon_of(node) == 0.25f, "name and epsilon of the norm, got ", node.name);
+  expect(node.name == "mlp.rms_norm" && epsilon_of(node) == 0.25f, "name and epsilon of the norm, got ",
+         node.name);
   expect(node.inputs == std::vector<Value>{start.a, start.b, start.gamma}, "inputs");
   expect(node.outputs == std::vector<Value>{sum, norm}, "outputs");
 }
@@ -131,10 +138,14 @@ TEST(other_readers_of_the_sum_stay) {
   start.builder.mark_output(norm, "norm", 1);
   const Graph graph = start.fused();
   expect(operations_of(graph) == "AddRmsNorm Add Add", operations_of(graph));
-  expect(graph.nodes[0].outputs == std::vector<Value>{sum, norm}, "the fused node writes the sum and the norm");
-  expect(graph.nodes[1].inputs == std::vector<Value>{sum, start.a} && graph.nodes[1].outputs[0] == early, "early reader");
-  expect(graph.nodes[2].inputs == std::vector<Value>{sum, norm} && graph.nodes[2].outputs[0] == late, "late reader");
-  expect(graph.values[sum.id].kind == ValueKind::kOutput && graph.values[norm.id].slot == 1, "outputs stay outputs");
+  expect(graph.nodes[0].outputs == std::vector<Value>{sum, norm},
+         "the fused node writes the sum and the norm");
+  expect(graph.nodes[1].inputs == std::vector<Value>{sum, start.a} && graph.nodes[1].outputs[0] == early,
+         "early reader");
+  expect(graph.nodes[2].inputs == std::vector<Value>{sum, norm} && graph.nodes[2].outputs[0] == late,
+         "late reader");
+  expect(graph.values[sum.id].kind == ValueKind::kOutput && graph.values[norm.id].slot == 1,
+         "outputs stay outputs");
 }
 
 TEST(a_second_norm_of_a_sum_stays_a_node) {
@@ -179,10 +190,10 @@ TEST(devices_without_the_fused_kernel_keep_plain_nodes) {
 }
 
 TEST(bucket_sizes) {
-  const std::pair<int64_t, int64_t> cases[] = {{0, 1},   {1, 1},    {2, 2},     {3, 4},     {4, 4},     {5, 8},
-                                               {8, 8},   {9, 16},   {16, 16},   {17, 32},   {32, 32},   {33, 64},
-                                               {64, 64}, {65, 128}, {128, 128}, {129, 192}, {192, 192}, {193, 256},
-                                               {256, 256}, {257, 320}, {4096, 4096}, {4097, 4160}};
+  const std::pair<int64_t, int64_t> cases[] = {
+      {0, 1},     {1, 1},     {2, 2},     {3, 4},     {4, 4},       {5, 8},      {8, 8},     {9, 16},
+      {16, 16},   {17, 32},   {32, 32},   {33, 64},   {64, 64},     {65, 128},   {128, 128}, {129, 192},
+      {192, 192}, {193, 256}, {256, 256}, {257, 320}, {4096, 4096}, {4097, 4160}};
   for (const auto& [count, expected] : cases) {
     expect(bucket_size(count) == expected, count, " goes to ", bucket_size(count));
   }

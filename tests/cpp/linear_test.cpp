@@ -37,18 +37,20 @@ void check_linear(Random& random, DType dtype, int64_t rows, int64_t k, const st
   size_t at = 0;
   for (const Part& part : parts) {
     const std::vector<double> weight = weights[at++].values();
-    const std::vector<double> bias = part.has_bias ? weights[at++].values() : std::vector<double>(part.n, 0.0);
+    const std::vector<double> bias =
+        part.has_bias ? weights[at++].values() : std::vector<double>(part.n, 0.0);
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < part.n; ++j) {
         double sum = bias[j];
-        for (int64_t p = 0; p < k; ++p) sum += left[i * k + p] * weight[part.transposed ? j * k + p : p * part.n + j];
+        for (int64_t p = 0; p < k; ++p)
+          sum += left[i * k + p] * weight[part.transposed ? j * k + p : p * part.n + j];
         expected[i * columns + column + j] = sum;
       }
     }
     column += part.n;
   }
-  expect_close(y, expected, columns, "linear of ", parts.size(), " parts, first ", parts[0].n, " columns, [n, k] ",
-               parts[0].transposed, ", bias ", parts[0].has_bias, ", k ", k);
+  expect_close(y, expected, columns, "linear of ", parts.size(), " parts, first ", parts[0].n,
+               " columns, [n, k] ", parts[0].transposed, ", bias ", parts[0].has_bias, ", k ", k);
 }
 
 }  // namespace

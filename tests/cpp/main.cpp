@@ -13,7 +13,8 @@ int main(int argc, char** argv) {
     std::fflush(stdout);
   } catch (const modeltorch::Error& error) {
     std::printf("%s\n", error.what());
-    const bool lacks_level = std::string_view(error.what()).find("more than this processor has") != std::string_view::npos;
+    const bool lacks_level =
+        std::string_view(error.what()).find("more than this processor has") != std::string_view::npos;
     return lacks_level ? kSkipped : 1;
   }
   return test::run_all(argc > 1 ? argv[1] : "");

@@ -1,4 +1,5 @@
-// Every operation that works row by row, against float64 loops. linear_test.cpp and attention_test.cpp hold the rest.
+// Every operation that works row by row, against float64 loops. linear_test.cpp and attention_test.cpp hold
+// the rest.
 
 #include <bit>
 #include <cmath>
@@ -24,8 +25,9 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // {rows, size}: below, at and beside the vector widths; the last ones are cut into parts for threads.
-constexpr int64_t kShapes[][2] = {{0, 15}, {1, 1},  {3, 2},  {2, 3},  {5, 4},   {4, 7},    {2, 8},    {3, 15},
-                                  {2, 16}, {3, 17}, {1, 77}, {3, 96}, {2, 255}, {1000, 96}, {333, 515}};
+constexpr int64_t kShapes[][2] = {{0, 15}, {1, 1},  {3, 2},   {2, 3},     {5, 4},
+                                  {4, 7},  {2, 8},  {3, 15},  {2, 16},    {3, 17},
+                                  {1, 77}, {3, 96}, {2, 255}, {1000, 96}, {333, 515}};
 
 Float16 float16_of(int bits) {
   Float16 value;
@@ -33,7 +35,8 @@ Float16 float16_of(int bits) {
   return value;
 }
 
-std::vector<double> rms_norm_of(const std::vector<double>& x, const std::vector<double>& gamma, double epsilon) {
+std::vector<double> rms_norm_of(const std::vector<double>& x, const std::vector<double>& gamma,
+                                double epsilon) {
   std::vector<double> y(x.size());
   const size_t size = gamma.size();
   for (size_t row = 0; row < x.size(); row += size) {
@@ -68,11 +71,14 @@ TEST(bfloat16_rounds_to_nearest_even) {
   }
 }
 
-// Against the definition: the nearest of the finite float16 numbers, the even one of two, infinity from 65520 on.
+// Against the definition: the nearest of the finite float16 numbers, the even one of two, infinity from 65520
+// on.
 TEST(float16_rounds_to_nearest_even) {
   const auto value_of = [](int bits) { return static_cast<double>(static_cast<float>(float16_of(bits))); };
-  expect(value_of(0x3c00) == 1.0 && value_of(0x0001) == 0x1p-24 && value_of(0x0400) == 0x1p-14, "known numbers");
-  expect(value_of(0x7bff) == 65504.0 && value_of(0x7c00) == kInfinity && value_of(0xbc01) == -1.0009765625, "more of them");
+  expect(value_of(0x3c00) == 1.0 && value_of(0x0001) == 0x1p-24 && value_of(0x0400) == 0x1p-14,
+         "known numbers");
+  expect(value_of(0x7bff) == 65504.0 && value_of(0x7c00) == kInfinity && value_of(0xbc01) == -1.0009765625,
+         "more of them");
   for (int bits = 0; bits < 0x7c00; ++bits) {
     const double here = value_of(bits);
     const double next = bits == 0x7bff ? 65536.0 : value_of(bits + 1);
@@ -85,8 +91,11 @@ TEST(float16_rounds_to_nearest_even) {
     expect(Float16(std::nextafter(middle, kInfinity)).bits == bits + 1, "just above halfway above ", here);
     expect(Float16(-middle).bits == (even | 0x8000), "halfway below ", -here);
   }
-  expect(Float16(kInfinity).bits == 0x7c00 && Float16(-kInfinity).bits == 0xfc00 && Float16(1e9f).bits == 0x7c00, "inf");
-  for (const int bits : {0x7c01, 0x7e00, 0x7fff, 0xfc01, 0xffff}) expect(std::isnan(value_of(bits)), "NaN ", bits);
+  expect(
+      Float16(kInfinity).bits == 0x7c00 && Float16(-kInfinity).bits == 0xfc00 && Float16(1e9f).bits == 0x7c00,
+      "inf");
+  for (const int bits : {0x7c01, 0x7e00, 0x7fff, 0xfc01, 0xffff})
+    expect(std::isnan(value_of(bits)), "NaN ", bits);
   for (const uint32_t word : {0x7f800001u, 0x7fffffffu, 0xff800001u}) {
     expect((Float16(std::bit_cast<float>(word)).bits & 0x7fff) > 0x7c00, "float32 NaN ", word, " stays one");
   }
@@ -129,10 +138,12 @@ TEST(add_keeps_infinities_and_nans) {
     const Tensor left = Tensor::of(dtype, {1, 5}, a);
     const Tensor right = Tensor::of(dtype, {1, 5}, {1.0, kInfinity, 1.0, 3e38, -1.0});
     const std::vector<double> sums = run_operation(Add(), {&left, &right})[0].values();
-    expect(sums[0] == kInfinity && std::isnan(sums[1]) && std::isnan(sums[2]), "infinities and NaN in ", dtype);
+    expect(sums[0] == kInfinity && std::isnan(sums[1]) && std::isnan(sums[2]), "infinities and NaN in ",
+           dtype);
     expect(sums[3] == kInfinity && sums[4] == 0.0, "overflow and zero in ", dtype);
     const Tensor nans(dtype, {3, 33});  // payloads of all ones, the ones that rounding carries over
-    for (const double value : run_operation(Add(), {&nans, &nans})[0].values()) expect(std::isnan(value), "NaN + NaN");
+    for (const double value : run_operation(Add(), {&nans, &nans})[0].values())
+      expect(std::isnan(value), "NaN + NaN");
   }
 }
 
@@ -162,7 +173,8 @@ TEST(rms_norm_of_odd_values) {
     for (int64_t i = 0; i < size; ++i) {
       expect(y[i] == 0.0, "zeros stay zeros");
       expect(std::abs(std::abs(y[size + i]) - 1.0) < 1e-2, "large values, got ", y[size + i]);
-      expect(std::abs(y[2 * size + i] - 0.0995) < 1e-3, "epsilon holds small values down, got ", y[2 * size + i]);
+      expect(std::abs(y[2 * size + i] - 0.0995) < 1e-3, "epsilon holds small values down, got ",
+             y[2 * size + i]);
       expect(std::isnan(y[3 * size + i]), "a NaN fills its row");
     }
   }
@@ -210,15 +222,16 @@ TEST(swiglu_is_exact_over_its_whole_range) {
       const double expected = x.get(i) / (1.0 + std::exp(-x.get(i)));
       // float16 has nothing between 0 and 2^-24.
       const double limit = (dtype == DType::kFloat32 ? 1e-6 : 4e-3) * std::abs(expected);
-      expect(std::abs(y[i] - expected) <= limit + (dtype == DType::kFloat16 ? 0x1p-24 : 0.0), "gate ", x.get(i), ": ", y[i]);
+      expect(std::abs(y[i] - expected) <= limit + (dtype == DType::kFloat16 ? 0x1p-24 : 0.0), "gate ",
+             x.get(i), ": ", y[i]);
     }
   }
 }
 
 // Where exp(-gate) leaves float32 the result is gate * up, or next to nothing, and always a number.
 TEST(swiglu_of_large_magnitudes) {
-  const std::vector<double> gates = {0.0, -0.0, 1e-30, 88.5, -88.5, 89.0, -89.0, 104.0, -104.0, 1e3, -1e3, 1e4, -1e4,
-                                     1e30, -1e30};
+  const std::vector<double> gates = {0.0,    -0.0, 1e-30, 88.5, -88.5, 89.0, -89.0, 104.0,
+                                     -104.0, 1e3,  -1e3,  1e4,  -1e4,  1e30, -1e30};
   const auto size = static_cast<int64_t>(gates.size());
   for (const DType dtype : kFloats) {
     for (const double up : {1.5, -0.25, 1e4}) {
@@ -231,12 +244,13 @@ TEST(swiglu_of_large_magnitudes) {
         Tensor expected(dtype, {1});  // rounded: what float16 cannot hold is infinite
         expected.set(0, x.get(i) / (1.0 + std::exp(-x.get(i))) * x.get(size + i));
         const double limit = gates[i] < 0.0 ? 1e-3 : 1e-2 * std::abs(expected.get(0));
-        expect(y[i] == expected.get(0) || std::abs(y[i] - expected.get(0)) <= limit, "gate ", gates[i], " up ", up, ": ", y[i],
-               ", not ", expected.get(0));
+        expect(y[i] == expected.get(0) || std::abs(y[i] - expected.get(0)) <= limit, "gate ", gates[i],
+               " up ", up, ": ", y[i], ", not ", expected.get(0));
       }
     }
     const Tensor nans(dtype, {2, 34});
-    for (const double value : run_operation(SwiGlu(), {&nans})[0].values()) expect(std::isnan(value), "NaN stays");
+    for (const double value : run_operation(SwiGlu(), {&nans})[0].values())
+      expect(std::isnan(value), "NaN stays");
   }
 }
 
@@ -257,7 +271,8 @@ TEST(rope_rotates_halves) {
   on_one_and_three_threads([&] {
     for (const DType dtype : kFloats) {
       for (const int64_t d : {2, 6, 34, 64, 80, 96, 128, 256}) {
-        for (const auto& [tokens, heads, kv_heads] : {std::array<int64_t, 3>{0, 2, 1}, {1, 1, 1}, {3, 7, 1}, {50, 8, 4}}) {
+        for (const auto& [tokens, heads, kv_heads] :
+             {std::array<int64_t, 3>{0, 2, 1}, {1, 1, 1}, {3, 7, 1}, {50, 8, 4}}) {
           const Tensor q = Tensor::random(random, dtype, {tokens, heads, d});
           const Tensor k = Tensor::random(random, dtype, {tokens, kv_heads, d});
           // Unequal halves, unlike real tables: each half must be read from its own columns.
@@ -298,18 +313,23 @@ TEST(split_qkv_copies_bits) {
   Random random(17);
   on_one_and_three_threads([&] {
     for (const DType dtype : kFloats) {
-      for (const auto& [n, heads, kv, d] : {std::array<int64_t, 4>{0, 2, 1, 4}, {1, 1, 1, 2}, {3, 7, 1, 80},
-                                            {5, 4, 4, 6}, {200, 14, 2, 64}}) {
+      for (const auto& [n, heads, kv, d] : {std::array<int64_t, 4>{0, 2, 1, 4},
+                                            {1, 1, 1, 2},
+                                            {3, 7, 1, 80},
+                                            {5, 4, 4, 6},
+                                            {200, 14, 2, 64}}) {
         const int64_t width = (heads + 2 * kv) * d;
         const Tensor qkv = Tensor::random(random, dtype, {n, width});
         const std::vector<Tensor> out = run_operation(SplitQkv(heads, kv, d), {&qkv});
-        expect(out[0].dims() == Dims{n, heads, d} && out[1].dims() == Dims{n, kv, d} && out[2].dims() == out[1].dims(),
+        expect(out[0].dims() == Dims{n, heads, d} && out[1].dims() == Dims{n, kv, d} &&
+                   out[2].dims() == out[1].dims(),
                "shapes of ", qkv.view());
         for (int64_t token = 0; token < n; ++token) {
           int64_t column = token * width;
           for (const Tensor& part : out) {
             const int64_t size = part.dims()[1] * d;
-            expect(part.bits(token * size, size) == qkv.bits(column, size), "token ", token, " of ", qkv.view());
+            expect(part.bits(token * size, size) == qkv.bits(column, size), "token ", token, " of ",
+                   qkv.view());
             column += size;
           }
         }
@@ -335,13 +355,14 @@ TEST(reshape_and_cache_writes_its_slots_only) {
           if (slot >= 0) owner[slot] = token;
         }
         const Tensor poison(dtype, {1, kv, d});
-        const std::vector<Tensor> none = run_operation(ReshapeAndCache(), {&k, &v, &k_cache, &v_cache, &slots});
+        const std::vector<Tensor> none =
+            run_operation(ReshapeAndCache(), {&k, &v, &k_cache, &v_cache, &slots});
         expect(none.empty(), "no outputs");
         const int64_t size = kv * d;
         for (int64_t slot = 0; slot < 72; ++slot) {
           const int64_t token = owner[slot];
-          expect(k_cache.bits(slot * size, size) == (token < 0 ? poison.bits() : k.bits(token * size, size)), "key of slot ",
-                 slot, " of ", n, " tokens");
+          expect(k_cache.bits(slot * size, size) == (token < 0 ? poison.bits() : k.bits(token * size, size)),
+                 "key of slot ", slot, " of ", n, " tokens");
           expect(v_cache.bits(slot * size, size) == (token < 0 ? poison.bits() : v.bits(token * size, size)),
                  "value of slot ", slot, " of ", n, " tokens");
         }

@@ -11,9 +11,13 @@ namespace {
 
 using Random = std::mt19937_64;
 
-size_t aligned(size_t bytes) { return (bytes + kArenaAlignment - 1) / kArenaAlignment * kArenaAlignment; }
+size_t aligned(size_t bytes) {
+  return (bytes + kArenaAlignment - 1) / kArenaAlignment * kArenaAlignment;
+}
 
-bool meet(const Lifetime& a, const Lifetime& b) { return std::max(a.first, b.first) <= std::min(a.last, b.last); }
+bool meet(const Lifetime& a, const Lifetime& b) {
+  return std::max(a.first, b.first) <= std::min(a.last, b.last);
+}
 
 int64_t pick(Random& random, int64_t low, int64_t high) {
   return std::uniform_int_distribution<int64_t>(low, high)(random);
@@ -82,8 +86,8 @@ TEST(random_lifetimes_never_overlap) {
   }
 }
 
-// Largest first, lowest free offset: a tensor that misses another in time always fits into its place, so the arena
-// is as large as all tensors together only if they all meet.
+// Largest first, lowest free offset: a tensor that misses another in time always fits into its place, so the
+// arena is as large as all tensors together only if they all meet.
 TEST(random_lifetimes_share_memory) {
   Random random(2);
   int shared = 0;
@@ -98,7 +102,8 @@ TEST(random_lifetimes_share_memory) {
       for (const Lifetime& b : lifetimes) all_meet = all_meet && meet(a, b);
     }
     shared += !all_meet;
-    expect(all_meet ? arena == sum : arena < sum, "arena ", arena, " for ", sum, " bytes, all meet: ", all_meet);
+    expect(all_meet ? arena == sum : arena < sum, "arena ", arena, " for ", sum,
+           " bytes, all meet: ", all_meet);
   }
   expect(shared > 1000, "only ", shared, " of the trials could share memory");
 }
@@ -144,7 +149,8 @@ TEST(gaps_are_filled) {
   const std::vector<Lifetime> lifetimes = {{1024, 0, 1}, {640, 4, 9}, {512, 0, 9}, {256, 4, 9}};
   const MemoryPlan plan = plan_memory(lifetimes);
   check_no_overlap(lifetimes, plan);
-  expect(plan.offsets == std::vector<size_t>{0, 0, 1024, 640} && plan.arena_bytes == 1536, "arena ", plan.arena_bytes);
+  expect(plan.offsets == std::vector<size_t>{0, 0, 1024, 640} && plan.arena_bytes == 1536, "arena ",
+         plan.arena_bytes);
 }
 
 TEST(empty_tensors_take_no_room) {

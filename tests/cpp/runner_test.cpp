@@ -16,10 +16,13 @@ using namespace test;
 
 namespace {
 
-// y = x + 1, after filling its scratch with garbage: a plan that puts the scratch onto a living tensor is caught.
+// y = x + 1, after filling its scratch with garbage: a plan that puts the scratch onto a living tensor is
+// caught.
 struct Scribble final : Operation {
   std::string_view name() const override { return "TestScribble"; }
-  std::vector<TensorDesc> infer_shape(const std::vector<TensorDesc>& inputs) const override { return {inputs[0]}; }
+  std::vector<TensorDesc> infer_shape(const std::vector<TensorDesc>& inputs) const override {
+    return {inputs[0]};
+  }
 };
 
 struct ScribbleKernel final : Kernel {
@@ -35,7 +38,9 @@ struct ScribbleKernel final : Kernel {
 // y = x, unless the first element of x is negative.
 struct Fault final : Operation {
   std::string_view name() const override { return "TestFault"; }
-  std::vector<TensorDesc> infer_shape(const std::vector<TensorDesc>& inputs) const override { return {inputs[0]}; }
+  std::vector<TensorDesc> infer_shape(const std::vector<TensorDesc>& inputs) const override {
+    return {inputs[0]};
+  }
 };
 
 struct FaultKernel final : Kernel {
@@ -79,10 +84,11 @@ struct Rig {
     runner.bind_weights({gamma.view()});
   }
 
-  // Rows of equal numbers come out as gamma + 1. The output has room for a whole bucket: what lies beyond the true
-  // rows must stay untouched.
+  // Rows of equal numbers come out as gamma + 1. The output has room for a whole bucket: what lies beyond the
+  // true rows must stay untouched.
   void run(const StepInfo& step, double x = 3.0) {
-    const Tensor input = Tensor::of(DType::kFloat32, {step.tokens, 2}, std::vector<double>(2 * step.tokens, x));
+    const Tensor input =
+        Tensor::of(DType::kFloat32, {step.tokens, 2}, std::vector<double>(2 * step.tokens, x));
     const Tensor output(DType::kFloat32, {bucket_size(step.tokens), 2});
     const TensorView view{output.view().data, DType::kFloat32, {step.tokens, 2}};
     runner.run({&input.view(), 1}, {&view, 1}, step, *arena, nullptr);
@@ -112,7 +118,8 @@ Graph random_graph(Random& random, size_t& outputs) {
   outputs = 0;
   for (size_t index = 2; index < values.size(); ++index) {
     const bool is_last = index + 1 == values.size();
-    if (is_last || random() % 4 == 0) builder.mark_output(values[index], "out", static_cast<int32_t>(outputs++));
+    if (is_last || random() % 4 == 0)
+      builder.mark_output(values[index], "out", static_cast<int32_t>(outputs++));
   }
   return builder.finish();
 }
@@ -166,8 +173,8 @@ TEST(random_graphs_equal_their_nodes) {
       const std::vector<Tensor> expected = run_plainly(graph, x, y, gamma);
       expect(expected.size() == output_count, "outputs");
       for (size_t index = 0; index < output_count; ++index) {
-        expect(outputs[index].bits() == expected[index].bits(), "trial ", trial, ", output ", index, " of ", tokens,
-               " tokens\n", runner.describe());
+        expect(outputs[index].bits() == expected[index].bits(), "trial ", trial, ", output ", index, " of ",
+               tokens, " tokens\n", runner.describe());
       }
     }
   }
@@ -177,9 +184,10 @@ TEST(counters_show_what_a_step_does_not_do) {
   Rig rig;
   const auto expect_counts = [&](int64_t executions, int64_t plans) {
     const Counters& counters = rig.runner.counters();
-    expect(counters.executions == executions && counters.plans_built == plans, executions, " executions, ", plans,
-           " plans, got ", counters.executions, " and ", counters.plans_built);
-    expect(counters.shape_inferences == 3 * plans && counters.kernel_setups == 3 * plans, "three nodes a plan");
+    expect(counters.executions == executions && counters.plans_built == plans, executions, " executions, ",
+           plans, " plans, got ", counters.executions, " and ", counters.plans_built);
+    expect(counters.shape_inferences == 3 * plans && counters.kernel_setups == 3 * plans,
+           "three nodes a plan");
     expect(counters.plans_evicted == 0, "no evictions");
   };
   expect_counts(0, 0);
@@ -228,12 +236,15 @@ TEST(random_steps_keep_64_plans_at_most) {
 TEST(errors_name_the_node_and_leave_the_runner_usable) {
   Rig rig;
   rig.run(step_of(4));
-  expect_throws([&] { rig.run(step_of(3), -1.0); }, ErrorKind::kRuntime, "node block.fault (TestFault)", "x is negative");
+  expect_throws([&] { rig.run(step_of(3), -1.0); }, ErrorKind::kRuntime, "node block.fault (TestFault)",
+                "x is negative");
   rig.run(step_of(3));
-  expect(rig.runner.counters().executions == 2 && rig.runner.plan_count() == 1, "a failed step does not count");
+  expect(rig.runner.counters().executions == 2 && rig.runner.plan_count() == 1,
+         "a failed step does not count");
 
   rig.bind({1.0, 1.0, 1.0});  // a gamma that does not fit: found while planning
-  expect_throws([&] { rig.run(step_of(4)); }, ErrorKind::kValue, "node block.rms_norm (RmsNorm)", "gamma", "[2]", "[3]");
+  expect_throws([&] { rig.run(step_of(4)); }, ErrorKind::kValue, "node block.rms_norm (RmsNorm)", "gamma",
+                "[2]", "[3]");
   expect(rig.runner.plan_count() == 0, "half a plan was kept");
   rig.bind({5.0, -1.0});
   rig.run(step_of(4));
@@ -283,7 +294,8 @@ TEST(a_moved_arena_is_followed) {
   std::byte* memory = former->reserve(0);
   std::copy(untouched.begin(), untouched.end(), memory);
   rig.run(step_of(8));
-  expect(std::equal(untouched.begin(), untouched.end(), memory), "a step wrote into the arena of an earlier one");
+  expect(std::equal(untouched.begin(), untouched.end(), memory),
+         "a step wrote into the arena of an earlier one");
 }
 
 TEST(a_runner_tells_what_it_does) {
@@ -305,12 +317,13 @@ bool watching = false;
 }  // namespace
 
 TEST(observers_see_every_node) {
-  set_node_observer({.active = [] { return watching; },
-                     .begin = [](const NodeEvent& event) -> void* {
-                       seen.push_back(concat(event.name, " ", *event.inputs[0], " ", *event.outputs[0]));
-                       return &watching;
-                     },
-                     .end = [](void* token) { seen.push_back(token == &watching ? "end" : "a wrong token"); }});
+  set_node_observer(
+      {.active = [] { return watching; },
+       .begin = [](const NodeEvent& event) -> void* {
+         seen.push_back(concat(event.name, " ", *event.inputs[0], " ", *event.outputs[0]));
+         return &watching;
+       },
+       .end = [](void* token) { seen.push_back(token == &watching ? "end" : "a wrong token"); }});
   seen.clear();
   Rig rig;
   rig.run(step_of(3));
@@ -319,9 +332,9 @@ TEST(observers_see_every_node) {
   rig.run(step_of(3));
   watching = false;
   set_node_observer({});
-  const std::vector<std::string> expected = {
-      "block.fault float32[3, 2] float32[3, 2]",    "end", "block.rms_norm float32[3, 2] float32[3, 2]", "end",
-      "block.scribble float32[3, 2] float32[3, 2]", "end"};
+  const std::vector<std::string> expected = {"block.fault float32[3, 2] float32[3, 2]",    "end",
+                                             "block.rms_norm float32[3, 2] float32[3, 2]", "end",
+                                             "block.scribble float32[3, 2] float32[3, 2]", "end"};
   expect(seen == expected, "names, true shapes and order");
 }
 

@@ -168,6 +168,8 @@ ThreeThreads::ThreeThreads() {
   set_parallel_backend({.run = run_on_three_threads, .width = [] { return int64_t{3}; }});
 }
 
-ThreeThreads::~ThreeThreads() { set_parallel_backend(former_backend); }
+ThreeThreads::~ThreeThreads() {
+  set_parallel_backend(former_backend);
+}
 
 }  // namespace test

@@ -52,12 +52,12 @@ class Tensor {
   TensorView view_;
 };
 
-/// Infers the shapes, sets the CPU kernel up and runs it once, with exactly the scratch that it asked for. Outputs
-/// and scratch are poisoned before.
+/// Infers the shapes, sets the CPU kernel up and runs it once, with exactly the scratch that it asked for.
+/// Outputs and scratch are poisoned before.
 std::vector<Tensor> run_operation(const Operation& operation, const std::vector<const Tensor*>& inputs);
 
-/// The largest ||row of out - row of expected|| of all rows, relative to the norm of that row or, where that is
-/// larger, of the average row. Infinite if anything is not a number.
+/// The largest ||row of out - row of expected|| of all rows, relative to the norm of that row or, where that
+/// is larger, of the average row. Infinite if anything is not a number.
 double worst_row_error(const Tensor& out, const std::vector<double>& expected, int64_t row_size);
 
 /// How far a row may be off after one rounding to this type.
@@ -67,7 +67,8 @@ constexpr double tolerance(DType dtype) {
 
 /// Expects every row to be right to the tolerance of its type.
 template <class... Parts>
-void expect_close(const Tensor& out, const std::vector<double>& expected, int64_t row_size, const Parts&... parts) {
+void expect_close(const Tensor& out, const std::vector<double>& expected, int64_t row_size,
+                  const Parts&... parts) {
   const double error = worst_row_error(out, expected, row_size);
   expect(error < tolerance(out.view().dtype), parts..., " ", out.view(), ": error ", error);
 }

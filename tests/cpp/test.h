@@ -45,7 +45,8 @@ template <class T>
 struct Located {
   T value;
   std::source_location where;
-  Located(T value, std::source_location where = std::source_location::current()) : value(value), where(where) {}
+  Located(T value, std::source_location where = std::source_location::current())
+      : value(value), where(where) {}
 };
 
 /// Ends the test unless `condition` holds; the parts say what was tried.
@@ -92,14 +93,14 @@ inline int run_all(std::string_view filter) {
     if (!problem.empty()) ++failed, std::printf("FAILED %s: %s\n", test.name.c_str(), problem.c_str());
   }
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-  std::printf("%d tests, %lld expectations, %d failed, %.1f s\n", ran, static_cast<long long>(expectations), failed,
-              seconds.count());
+  std::printf("%d tests, %lld expectations, %d failed, %.1f s\n", ran, static_cast<long long>(expectations),
+              failed, seconds.count());
   return ran == 0 || failed > 0 ? 1 : 0;
 }
 
 }  // namespace test
 
-#define TEST(name)                                                                                       \
-  static void name();                                                                                    \
-  [[maybe_unused]] static const bool registered_##name = ::test::add_case(__FILE__, #name, name);        \
+#define TEST(name)                                                                                \
+  static void name();                                                                             \
+  [[maybe_unused]] static const bool registered_##name = ::test::add_case(__FILE__, #name, name); \
   static void name()

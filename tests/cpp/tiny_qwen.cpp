@@ -42,7 +42,8 @@ StepInputs inputs_of(const StepSizes& sizes, const Prompts& prompts, bool is_pre
       positions.push_back(position);
       slots.push_back(b * sizes.width * sizes.block_size + position);
     }
-    for (int64_t i = 0; i < sizes.width; ++i) tables.set(b * sizes.width + i, static_cast<double>(b * sizes.width + i));
+    for (int64_t i = 0; i < sizes.width; ++i)
+      tables.set(b * sizes.width + i, static_cast<double>(b * sizes.width + i));
     indices.push_back(static_cast<int64_t>(ids.size()) - 1);
     lengths.push_back(length);
   }
@@ -107,20 +108,26 @@ std::vector<GivenTensor> StepInputs::list(const InputOrder& order) const {
   return given;
 }
 
-StepInputs prefill_inputs(const StepSizes& sizes, const Prompts& prompts) { return inputs_of(sizes, prompts, true); }
+StepInputs prefill_inputs(const StepSizes& sizes, const Prompts& prompts) {
+  return inputs_of(sizes, prompts, true);
+}
 
-StepInputs decode_inputs(const StepSizes& sizes, const Prompts& prompts) { return inputs_of(sizes, prompts, false); }
+StepInputs decode_inputs(const StepSizes& sizes, const Prompts& prompts) {
+  return inputs_of(sizes, prompts, false);
+}
 
 TinyQwen::TinyQwen(DType dtype, const TinyLayout& layout) : sizes_{.dtype = dtype}, layout_(layout) {
   for (int64_t cache = 0; cache < 2 * kLayers; ++cache) {
-    caches_.emplace_back(dtype, Dims{kMaxSequences * sizes_.width, sizes_.block_size, kKvHeads, sizes_.head_size});
+    caches_.emplace_back(dtype,
+                         Dims{kMaxSequences * sizes_.width, sizes_.block_size, kKvHeads, sizes_.head_size});
   }
   set_up(prefill_phase, true);
   set_up(decode_phase, false);
 }
 
 void TinyQwen::set_up(Phase& phase, bool is_prefill) {
-  phase.model = make_model(layout_.current ? "qwen_QwenDecoderModel" : "qwen_PAModel", parameters(is_prefill));
+  phase.model =
+      make_model(layout_.current ? "qwen_QwenDecoderModel" : "qwen_PAModel", parameters(is_prefill));
   if (weights_.empty()) fill_weights(*phase.model);
   std::vector<GivenTensor> weights, keys, values;
   std::vector<TensorView> weight_views, cache_views;
@@ -134,7 +141,8 @@ void TinyQwen::set_up(Phase& phase, bool is_prefill) {
   }
   phase.model->accept_weights(weights);
   phase.model->accept_caches(keys, values);
-  phase.runner = std::make_unique<GraphRunner>(phase.model->build_graph(), phase.model->input_rows(), Device{});
+  phase.runner =
+      std::make_unique<GraphRunner>(phase.model->build_graph(), phase.model->input_rows(), Device{});
   phase.runner->bind_weights(weight_views);
   phase.runner->bind_caches(cache_views);
 }
@@ -155,8 +163,13 @@ std::string TinyQwen::parameters(bool is_prefill) const {
                          {"packQuantType", {{pack, pack}, {pack, pack}}}};
   if (layout_.current) {
     const nlohmann::json biases = {true, false, false, false};
-    json.update({{"isUnpadInputs", true}, {"normEps", 1e-6}, {"normType", 0}, {"rank", 0}, {"worldSize", 1},
-                 {"backend", "lccl"}, {"linearHasBias", {biases, biases}}});
+    json.update({{"isUnpadInputs", true},
+                 {"normEps", 1e-6},
+                 {"normType", 0},
+                 {"rank", 0},
+                 {"worldSize", 1},
+                 {"backend", "lccl"},
+                 {"linearHasBias", {biases, biases}}});
   } else {
     json["rmsNormEps"] = 1e-6;
   }
@@ -175,11 +188,15 @@ void TinyQwen::fill_weights(const Model& model) {
 // The slots of docs/contract.md, "Weights", by number: the library's own table is what this is meant to test.
 void TinyQwen::fill_layer(Random& random, int64_t first_slot) {
   const int64_t d = sizes_.head_size;
-  const Matrix q = random_matrix(random, kHeads * d, kHidden), k = random_matrix(random, kKvHeads * d, kHidden),
-               v = random_matrix(random, kKvHeads * d, kHidden), q_bias = random_matrix(random, kHeads * d, 1),
-               k_bias = random_matrix(random, kKvHeads * d, 1), v_bias = random_matrix(random, kKvHeads * d, 1),
-               o = random_matrix(random, kHidden, kHeads * d), gate = random_matrix(random, kIntermediate, kHidden),
-               up = random_matrix(random, kIntermediate, kHidden), down = random_matrix(random, kHidden, kIntermediate);
+  const Matrix q = random_matrix(random, kHeads * d, kHidden),
+               k = random_matrix(random, kKvHeads * d, kHidden),
+               v = random_matrix(random, kKvHeads * d, kHidden),
+               q_bias = random_matrix(random, kHeads * d, 1), k_bias = random_matrix(random, kKvHeads * d, 1),
+               v_bias = random_matrix(random, kKvHeads * d, 1),
+               o = random_matrix(random, kHidden, kHeads * d),
+               gate = random_matrix(random, kIntermediate, kHidden),
+               up = random_matrix(random, kIntermediate, kHidden),
+               down = random_matrix(random, kHidden, kIntermediate);
   const auto put = [&](int64_t slot, const Matrix& matrix) {
     weights_[first_slot + slot] = laid_out(sizes_.dtype, matrix, layout_.transposed);
   };

@@ -16,7 +16,8 @@ using Prompts = std::vector<std::vector<int64_t>>;
 /// `count` prompts of made-up ids, `tokens` in all.
 Prompts prompts_of(int64_t count, int64_t tokens);
 
-/// The inputs of one step by name, in tensors of their own. A sequence b has the blocks b * width to (b + 1) * width.
+/// The inputs of one step by name, in tensors of their own. A sequence b has the blocks b * width to (b + 1)
+/// * width.
 struct StepInputs {
   std::vector<Tensor> tensors;  ///< by DecoderInput; the last one stands at every unused position
   std::vector<int64_t> lengths;

@@ -16,7 +16,8 @@ class CapturedWarnings {
     modeltorch::set_warning_handler([](const std::string& message) { messages.push_back(message); });
   }
   ~CapturedWarnings() {
-    modeltorch::set_warning_handler([](const std::string& message) { std::fprintf(stderr, "%s\n", message.c_str()); });
+    modeltorch::set_warning_handler(
+        [](const std::string& message) { std::fprintf(stderr, "%s\n", message.c_str()); });
   }
   CapturedWarnings(const CapturedWarnings&) = delete;
   CapturedWarnings& operator=(const CapturedWarnings&) = delete;

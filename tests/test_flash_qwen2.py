@@ -1,0 +1,459 @@
+"""The helpers of a step, with the names and the meaning that callers of the Ascend front ends know."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reference import Shape, random_model, reference_logits, relative_error
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM, rope_tables
+
+SHAPE = Shape(layers=2)
+BLOCK_SIZE = 16
+BLOCKS = 24
+PROMPTS = [list(range(40)), [9], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], [100, 2, 77]]
+TOLERANCE = 1e-4
+
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Qwen2ForCausalLM:
+    return random_model(SHAPE)
+
+
+@pytest.fixture
+def model(reference) -> FlashQwen2ForCausalLM:
+    return FlashQwen2ForCausalLM(reference.config, reference.state_dict(), dtype="float32")
+
+
+def new_caches(blocks: int = BLOCKS) -> Pairs:
+    """A caller's own caches; rows that nobody wrote are NaN."""
+    shape = (blocks, BLOCK_SIZE, SHAPE.kv_heads, SHAPE.head_size)
+    return [(torch.full(shape, float("nan")), torch.full(shape, float("nan"))) for _ in range(SHAPE.layers)]
+
+
+class Caller:
+    """What a script does around forward: block tables in any order, slots, positions."""
+
+    def __init__(self, caches: Pairs, prompts: Sequence[Sequence[int]] = PROMPTS) -> None:
+        self.caches = caches
+        self.sequences = [list(prompt) for prompt in prompts]
+        order = torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(5)).tolist()
+        width = max(len(prompt) for prompt in prompts) // BLOCK_SIZE + 2
+        self.tables = torch.tensor([[order.pop() for _ in range(width)] for _ in prompts])
+        assert not torch.equal(self.tables.flatten(), self.tables.flatten().sort().values)
+
+    def slot(self, sequence: int, position: int) -> int:
+        block = int(self.tables[sequence, position // BLOCK_SIZE])
+        return block * BLOCK_SIZE + position % BLOCK_SIZE
+
+    def prefill(self) -> tuple:
+        """The arguments of forward up to max_seq_len."""
+        places = [(n, place) for n, tokens in enumerate(self.sequences) for place in range(len(tokens))]
+        return (
+            torch.tensor([self.sequences[n][place] for n, place in places]),
+            torch.tensor([place for _, place in places]),
+            True,
+            self.caches,
+            self.tables,
+            torch.tensor([self.slot(n, place) for n, place in places]),
+            torch.tensor([len(tokens) for tokens in self.sequences]),
+            max(len(tokens) for tokens in self.sequences),
+        )
+
+    def decode(self, new_tokens: Sequence[int]) -> tuple:
+        """Appends a token to each sequence; the arguments of forward up to max_seq_len."""
+        for tokens, token in zip(self.sequences, new_tokens, strict=True):
+            tokens.append(token)
+        lengths = [len(tokens) for tokens in self.sequences]
+        return (
+            torch.tensor(list(new_tokens)),
+            torch.tensor([length - 1 for length in lengths]),
+            False,
+            self.caches,
+            self.tables,
+            torch.tensor([self.slot(n, length - 1) for n, length in enumerate(lengths)]),
+            torch.tensor(lengths),
+            max(lengths),
+        )
+
+    def every_row(self, reference: Qwen2ForCausalLM) -> torch.Tensor:
+        return torch.cat([reference_logits(reference, tokens) for tokens in self.sequences])
+
+    def last_rows(self, reference: Qwen2ForCausalLM) -> torch.Tensor:
+        return torch.cat([reference_logits(reference, tokens)[-1:] for tokens in self.sequences])
+
+
+# ---- forward -------------------------------------------------------------------------------------
+
+
+def test_prefill_without_indices_gives_the_logits_of_every_token(model, reference):
+    caller = Caller(new_caches())
+    logits = model.forward(*caller.prefill())
+    assert relative_error(logits, caller.every_row(reference)) < TOLERANCE
+    assert logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("rows", [[39, 40, 56, 59], [59, 0, 0, 17], []], ids=["last", "any order", "none"])
+def test_prefill_with_indices_gives_those_rows(model, reference, rows, dtype):
+    caller = Caller(new_caches())
+    logits = model.forward(*caller.prefill(), lm_head_indices=torch.tensor(rows, dtype=dtype))
+    expected = caller.every_row(reference)[rows]
+    assert logits.shape == expected.shape
+    torch.testing.assert_close(logits, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_decode_steps_equal_transformers_over_block_borders_in_any_order(model, reference):
+    caller = Caller(new_caches())
+    model.forward(*caller.prefill())
+    for step in range(10):  # the sequence of 40 crosses into its block 3, the one of 16 into its block 1
+        logits = model.forward(*caller.decode([step + 1, 2 * step, 150 - step, 7]))
+        assert relative_error(logits, caller.last_rows(reference)) < TOLERANCE
+
+
+def test_decode_ignores_the_indices(model, reference):
+    caller = Caller(new_caches())
+    model.forward(*caller.prefill())
+    logits = model.forward(*caller.decode([1, 2, 3, 4]), lm_head_indices=torch.tensor([0]))
+    assert relative_error(logits, caller.last_rows(reference)) < TOLERANCE
+
+
+def test_only_the_slots_of_the_tokens_are_written(model):
+    caller = Caller(new_caches())
+    arguments = caller.prefill()
+    model.forward(*arguments)
+    rows = torch.zeros(BLOCKS * BLOCK_SIZE, dtype=torch.bool)
+    rows[arguments[5]] = True
+    for cache in (tensor for pair in caller.caches for tensor in pair):
+        finite = cache.isfinite().view(len(rows), -1)
+        assert finite[rows].all()
+        assert not finite[~rows].any()
+
+
+def test_the_first_forward_sets_the_weights_and_no_other_does(model, monkeypatch):
+    calls = []
+    original = model.init_ascend_weight
+    monkeypatch.setattr(model, "init_ascend_weight", lambda: (calls.append(None), original()))
+    assert model.ascend_weight == []
+    caller = Caller(new_caches())
+    model.forward(*caller.prefill())
+    model.forward(*caller.decode([1, 2, 3, 4]))
+    assert len(calls) == 1
+
+
+def test_the_model_itself_can_be_called(model):
+    caller = Caller(new_caches())
+    assert torch.equal(model(*caller.prefill()), model.forward(*caller.prefill()))
+
+
+IDS, POSITIONS, TABLES, SLOTS_OF, LENGTHS = 0, 1, 4, 5, 6
+WRONG = {
+    "ids": (IDS, lambda ids: ids + SHAPE.vocab, "input_ids"),
+    "ids of another type": (IDS, lambda ids: ids.float(), "input_ids"),
+    "positions": (POSITIONS, lambda positions: positions - 50, "position"),
+    "block tables": (TABLES, lambda tables: tables + BLOCKS, "block_tables"),
+    "slots": (SLOTS_OF, lambda slots: slots + BLOCKS * BLOCK_SIZE, "slots"),
+    "lengths": (LENGTHS, lambda lengths: lengths + 1000, "10[0-9][0-9] tokens"),
+}
+
+
+@pytest.mark.parametrize(("place", "spoil", "named"), WRONG.values(), ids=WRONG)
+def test_a_step_that_is_refused_leaves_the_model_and_its_caches_as_they_were(
+    model, reference, place, spoil, named
+):
+    caller = Caller(new_caches())
+    model.forward(*caller.prefill())
+    arguments = caller.decode([1, 2, 3, 4])
+    with pytest.raises(ValueError, match=named):
+        model.forward(*[spoil(it) if n == place else it for n, it in enumerate(arguments)])
+    assert relative_error(model.forward(*arguments), caller.last_rows(reference)) < TOLERANCE
+
+
+FEATURES = {
+    "q_lens": [1],
+    "attn_mask": torch.ones(2, 2),
+    "spec_mask": torch.ones(2, 2),
+    "adapter_ids": ["a"],
+    "anything": 0,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), FEATURES.items(), ids=FEATURES)
+def test_a_keyword_that_asks_for_a_feature_that_is_not_built_is_refused_by_name(model, name, value):
+    caller = Caller(new_caches())
+    with pytest.raises(NotImplementedError, match=name):
+        model.forward(*caller.prefill(), **{name: value})
+    assert all(tensor.isnan().all() for pair in caller.caches for tensor in pair)
+    assert model.forward(*caller.prefill(), **{name: None}).shape == (60, SHAPE.vocab)
+
+
+# ---- init_ascend_weight and get_weights ----------------------------------------------------------
+
+SLOTS = {
+    "input_layernorm.weight": 0,
+    "self_attn.q_proj.weight": 4,
+    "self_attn.q_proj.bias": 5,
+    "self_attn.k_proj.weight": 10,
+    "self_attn.k_proj.bias": 11,
+    "self_attn.v_proj.weight": 16,
+    "self_attn.v_proj.bias": 17,
+    "self_attn.o_proj.weight": 22,
+    "post_attention_layernorm.weight": 28,
+    "mlp.gate_proj.weight": 32,
+    "mlp.up_proj.weight": 38,
+    "mlp.down_proj.weight": 44,
+}
+SLOTS_PER_LAYER = 50
+
+
+def test_the_weight_list_has_fifty_slots_a_layer_and_holds_the_given_tensors(reference):
+    given = reference.state_dict()
+    model = FlashQwen2ForCausalLM(reference.config, given, dtype="float32")
+    weights = model.get_weights()
+    expected = {0: "model.embed_tokens.weight"}
+    for layer in range(SHAPE.layers):
+        for name, slot in SLOTS.items():
+            expected[1 + SLOTS_PER_LAYER * layer + slot] = f"model.layers.{layer}.{name}"
+    end = 1 + SLOTS_PER_LAYER * SHAPE.layers
+    expected |= {end: "model.norm.weight", end + 1: "lm_head.weight"}
+    assert len(weights) == end + 2
+    assert len(expected) == len(given)
+    for slot, weight in enumerate(weights):
+        if slot in expected:
+            assert weight is given[expected[slot]]
+        else:
+            assert weight.numel() == 1
+
+
+# ---- init_kvcache --------------------------------------------------------------------------------
+
+
+class Counter:
+    """Stands before a step object and keeps the caches that it is given."""
+
+    def __init__(self, operation: torch.ScriptObject) -> None:
+        self.operation = operation
+        self.calls: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+
+    def set_kv_cache(self, keys: list[torch.Tensor], values: list[torch.Tensor]) -> int:
+        self.calls.append((keys, values))
+        return self.operation.set_kv_cache(keys, values)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.operation, name)
+
+
+@pytest.fixture
+def counted(model) -> FlashQwen2ForCausalLM:
+    model.init_ascend_weight()
+    model.acl_encoder_operation = Counter(model.acl_encoder_operation)
+    model.acl_decoder_operation = Counter(model.acl_decoder_operation)
+    return model
+
+
+def times_set(model: FlashQwen2ForCausalLM) -> int:
+    prefill, decode = model.acl_encoder_operation.calls, model.acl_decoder_operation.calls
+    assert len(prefill) == len(decode)
+    return len(prefill)
+
+
+def test_keys_and_values_of_every_layer_reach_both_objects(counted):
+    caches = new_caches()
+    counted.init_kvcache(caches)
+    for operation in (counted.acl_encoder_operation, counted.acl_decoder_operation):
+        ((keys, values),) = operation.calls
+        assert [id(key) for key in keys] == [id(key) for key, _ in caches]
+        assert [id(value) for value in values] == [id(value) for _, value in caches]
+
+
+def test_the_same_tensors_are_not_set_again_whatever_holds_them(counted):
+    caches = new_caches()
+    counted.init_kvcache(caches)
+    for same in (caches, list(caches), tuple(caches), [list(pair) for pair in caches]):
+        counted.init_kvcache(same)
+    caller = Caller(caches)
+    counted.forward(*caller.prefill())
+    counted.forward(*caller.decode([1, 2, 3, 4]))
+    assert times_set(counted) == 1
+
+
+@pytest.mark.parametrize("replaced", [(0, 0), (0, 1), (1, 0), (1, 1)], ids=str)
+def test_one_new_tensor_of_the_same_shape_is_enough_to_set_them_again(counted, replaced):
+    caches = new_caches()
+    counted.init_kvcache(caches)
+    layer, side = replaced
+    pair = list(caches[layer])
+    pair[side] = pair[side].clone()
+    changed = [tuple(pair) if n == layer else old for n, old in enumerate(caches)]
+    counted.init_kvcache(changed)
+    assert times_set(counted) == 2
+    counted.init_kvcache(changed)
+    assert times_set(counted) == 2
+    counted.init_kvcache(caches)
+    assert times_set(counted) == 3
+
+
+def test_new_tensors_at_the_ids_of_old_ones_are_set_too(counted):
+    caches = new_caches()
+    counted.init_kvcache(caches)
+    alive = weakref.ref(caches[0][0])
+    for times in range(2, 12):
+        del caches
+        gc.collect()
+        # The tensors that the objects hold are kept, so that nothing new can come to lie at their ids.
+        assert alive() is not None
+        caches = new_caches()
+        counted.init_kvcache(caches)
+        assert times_set(counted) == times
+        alive = weakref.ref(caches[0][0])
+
+
+def test_new_caches_are_read_and_written_from_the_next_step_on(model, reference):
+    first, second = Caller(new_caches()), Caller(new_caches(), [[8, 8], [7, 6, 5], [1] * 30, [2]])
+    model.forward(*first.prefill())
+    model.forward(*second.prefill())
+    for caller in (first, second, first):
+        logits = model.forward(*caller.decode([11, 12, 13, 14]))
+        assert relative_error(logits, caller.last_rows(reference)) < TOLERANCE
+
+
+def test_caches_that_do_not_fit_are_refused_every_time_and_the_old_ones_stay(counted, reference):
+    caller = Caller(new_caches())
+    counted.forward(*caller.prefill())
+    wrong = [(key[..., :8].contiguous(), value) for key, value in caller.caches]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cache"):
+            counted.init_kvcache(wrong)
+    logits = counted.forward(*caller.decode([1, 2, 3, 4]))
+    assert relative_error(logits, caller.last_rows(reference)) < TOLERANCE
+
+
+# ---- prepare_inputs_for_ascend and execute_ascend_operator ---------------------------------------
+
+INT32, INT64, FLOAT = torch.int32, torch.int64, torch.float32
+TABLE = (SHAPE.max_positions, SHAPE.head_size)
+INPUTS = {
+    True: [
+        ("input_ids", INT64, (60,)),
+        ("position_ids", INT64, (60,)),
+        ("cos", FLOAT, TABLE),
+        ("sin", FLOAT, TABLE),
+        ("mask", FLOAT, (1,)),
+        ("block_tables", INT32, (4, 4)),
+        ("slots", INT32, (60,)),
+        ("kv_cache_idx", FLOAT, (1,)),
+        ("token_offset", FLOAT, (1,)),
+        ("input_lengths", INT32, (4,)),
+        ("lm_head_indices", INT64, (60,)),
+        ("place_holder", FLOAT, (1,)),
+    ],
+    False: [
+        ("input_ids", INT64, (4,)),
+        ("position_ids", INT64, (4,)),
+        ("cos", FLOAT, TABLE),
+        ("sin", FLOAT, TABLE),
+        ("mask", FLOAT, (1,)),
+        ("block_tables", INT32, (4, 4)),
+        ("slots", INT32, (4,)),
+        ("kv_cache_idx", FLOAT, (1,)),
+        ("token_offset", FLOAT, (1,)),
+        ("input_lengths", INT32, (4,)),
+        ("lm_head_indices", FLOAT, (1,)),
+        ("place_holder", FLOAT, (1,)),
+    ],
+}
+
+
+@pytest.mark.parametrize("given", [torch.int32, torch.int64], ids=lambda dtype: f"given-{dtype}")
+@pytest.mark.parametrize("is_prefill", [True, False], ids=["prefill", "decode"])
+def test_a_step_has_twelve_inputs_in_the_order_of_2024(model, is_prefill, given):
+    caller = Caller(new_caches())
+    arguments = caller.prefill() if is_prefill else caller.decode([1, 2, 3, 4])
+    cast = [
+        argument.to(given) if isinstance(argument, torch.Tensor) and n > 0 else argument
+        for n, argument in enumerate(arguments)
+    ]
+    inputs, parameters = model.prepare_inputs_for_ascend(*cast)
+    table = INPUTS[is_prefill]
+    names = [name for name, _, _ in table]
+    assert [(tensor.dtype, tuple(tensor.shape)) for tensor in inputs] == [row[1:] for row in table]
+    by_name = dict(zip(names, inputs, strict=True))
+    ids, positions, _, _, tables, slots, lengths, _ = arguments
+    for name, expected in {
+        "input_ids": ids,
+        "position_ids": positions,
+        "block_tables": tables,
+        "slots": slots,
+        "input_lengths": lengths,
+    }.items():
+        assert by_name[name].tolist() == expected.tolist()
+    if is_prefill:
+        assert by_name["lm_head_indices"].tolist() == list(range(60))
+    assert json.loads(parameters) == {"seqLen": lengths.tolist()}
+
+
+def test_indices_are_handed_over_as_int64(model):
+    rows = torch.tensor([5, 1], dtype=torch.int32)
+    inputs, _ = model.prepare_inputs_for_ascend(*Caller(new_caches()).prefill(), lm_head_indices=rows)
+    assert (inputs[10].dtype, inputs[10].tolist()) == (torch.int64, [5, 1])
+
+
+def test_floating_point_inputs_have_the_models_dtype(reference):
+    model = FlashQwen2ForCausalLM(reference.config, reference.state_dict(), dtype="bfloat16")
+    inputs, _ = model.prepare_inputs_for_ascend(*Caller(new_caches()).prefill())
+    assert {inputs[n].dtype for n in (2, 3, 4, 7, 8, 11)} == {torch.bfloat16}
+
+
+def test_a_prepared_step_runs_on_the_object_of_its_phase(model, reference):
+    model.init_ascend_weight()
+    caller = Caller(new_caches())
+    model.init_kvcache(caller.caches)
+    prefill = model.execute_ascend_operator(*model.prepare_inputs_for_ascend(*caller.prefill()), True)
+    assert relative_error(prefill, caller.every_row(reference)) < TOLERANCE
+    prepared = model.prepare_inputs_for_ascend(*caller.decode([1, 2, 3, 4]))
+    decode = model.execute_ascend_operator(*prepared, False)
+    assert relative_error(decode, caller.last_rows(reference)) < TOLERANCE
+
+
+# ---- rope ----------------------------------------------------------------------------------------
+
+NEW = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}
+ROPE = {
+    "nothing": ({}, {}),
+    "new default": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},) * 2,
+    "new linear": ({"rope_parameters": NEW},) * 2,
+    "old theta": (
+        {"rope_theta": 1e6, "rope_scaling": None},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+    "old linear, type": (
+        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_parameters": NEW},
+    ),
+    "old linear, rope_type": (
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_parameters": NEW},
+    ),
+}
+
+
+@pytest.mark.parametrize(("attributes", "transformers_says"), ROPE.values(), ids=ROPE)
+def test_the_rope_tables_of_any_configuration_equal_transformers(attributes, transformers_says):
+    positions = 300
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": positions}
+    cos, sin = rope_tables(SimpleNamespace(**sizes, **attributes), 16, torch.float32)
+    rotary = Qwen2RotaryEmbedding(Qwen2Config(**sizes, **transformers_says))
+    theirs = rotary(torch.zeros(1), torch.arange(positions).unsqueeze(0))
+    assert cos.shape == sin.shape == (positions, 16)
+    torch.testing.assert_close(cos, theirs[0][0], rtol=0, atol=5e-5)
+    torch.testing.assert_close(sin, theirs[1][0], rtol=0, atol=5e-5)
