@@ -156,15 +156,42 @@ def prefill(subject: Subject, batch: int, length: int, runs: int) -> Iterator[Re
     yield from _both_units(subject, f"prefill_b{batch}_s{length}", seconds[1:], batch * length)
 
 
+def _first_context(context: int) -> int:
+    """Tokens before the first step of a decode whose timed steps have a mean context of `context`.
+
+    Raises:
+        ValueError: there is no room for the steps before the mean.
+    """
+    steps = DECODE_STEPS // 2 + _WARM_UP_STEPS
+    if context <= steps:
+        raise ValueError(f"--context must be at least {steps + 1}, got {context}")
+    return context - steps
+
+
+def _check(subject: Subject, batch: int, length: int, new_tokens: int) -> None:
+    """Refuses a batch that does not fit the positions or the cache.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    engine = Engine(subject.model)
+    request = Request([0] * length, new_tokens)
+    engine.check(request)
+    needed = batch * engine.cache.blocks_needed(request.limit)
+    if needed > engine.cache.num_blocks:
+        raise ValueError(
+            f"{batch} sequences of {request.limit} tokens need {needed} cache blocks of "
+            f"{engine.cache.block_size}, but the cache has {engine.cache.num_blocks}"
+        )
+
+
 def decode(subject: Subject, batch: int, context: int) -> Iterator[Result]:
     """Decode steps in a row, sampling included, at a mean context of `context` tokens.
 
     The cache is not filled by a prefill: rows that no step wrote are zeroed, which costs the same to read.
     """
     engine = Engine(subject.model)
-    first = context - DECODE_STEPS // 2 - _WARM_UP_STEPS
-    if first < 1:
-        raise ValueError(f"--context must be at least {DECODE_STEPS // 2 + _WARM_UP_STEPS + 1}, got {context}")
+    first = _first_context(context)
     requests = _admitted(engine, _prompts(subject, [first] * batch), DECODE_STEPS + _WARM_UP_STEPS + 1)
     for request in requests:
         for key, value in engine.cache.pairs:
@@ -203,7 +230,13 @@ def measure(
     requests: int,
     runs: int,
 ) -> Iterator[Result]:
-    """Every workload that the options ask for, one after the other."""
+    """Every workload that the options ask for, one after the other; none if one of them cannot run."""
+    for batch in prefill_batches:
+        for length in prompt_lengths:
+            _check(subject, batch, length, 1)
+    for batch in decode_batches:
+        for context in contexts:
+            _check(subject, batch, _first_context(context), DECODE_STEPS + _WARM_UP_STEPS + 1)
     for batch in prefill_batches:
         for length in prompt_lengths:
             yield from prefill(subject, batch, length, runs)

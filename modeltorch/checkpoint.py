@@ -23,18 +23,28 @@ def _missing_extra(error: ImportError) -> ImportError:
     return ImportError(f"checkpoints need the extra [hf] ({error.name} is missing): pip install 'modeltorch[hf]'")
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
 def resolve(path_or_hub_id: str | Path) -> Path:
     """The folder of a checkpoint: a local one as it is, a hub id after downloading what is missing.
 
     Raises:
         FileNotFoundError: neither a folder nor a hub repository that can be reached.
     """
-    folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir():
-        return folder
     name = str(path_or_hub_id)
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"a checkpoint is a folder or a hub id (owner/name), got {name}, which is neither")
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        return folder
+    if not name or folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"a checkpoint is a folder or a hub id (owner/name), got {name!r}, which is neither")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -56,24 +66,37 @@ class SafetensorsWeights(Mapping[str, torch.Tensor]):
 
     def __init__(self, folder: Path) -> None:
         try:
-            from safetensors import safe_open
+            from safetensors import SafetensorError, safe_open
         except ImportError as error:
             raise _missing_extra(error) from error
+
+        def opened(name: str) -> Any:
+            try:
+                return safe_open(folder / name, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{folder / name} is no whole safetensors file: {error}") from error
+
+        files: dict[str, str]
         if (folder / _INDEX).exists():
-            files: dict[str, str] = json.loads((folder / _INDEX).read_text())["weight_map"]
+            files = _read_json(folder / _INDEX).get("weight_map") or {}
+            if not files:
+                raise ValueError(f"{folder / _INDEX} has no weight_map")
         elif (folder / _SINGLE).exists():
-            with safe_open(folder / _SINGLE, framework="pt") as single:
-                files = dict.fromkeys(single.keys(), _SINGLE)
+            files = dict.fromkeys(opened(_SINGLE).keys(), _SINGLE)
         else:
             raise FileNotFoundError(f"{folder} holds neither {_SINGLE} nor {_INDEX}")
         for shard in sorted(set(files.values())):
             if not (folder / shard).exists():
                 raise FileNotFoundError(f"{folder} lacks the shard {shard} that its index names")
         self._files = files
-        self._open = {name: safe_open(folder / name, framework="pt") for name in sorted(set(files.values()))}
+        self._open = {name: opened(name) for name in sorted(set(files.values()))}
+        for shard, file in self._open.items():
+            lacking = {name for name, place in files.items() if place == shard} - set(file.keys())
+            if lacking:
+                raise ValueError(f"{folder / shard} lacks {min(lacking)}, which the index places there")
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._open[self._files[name]].get_tensor(name)  # type: ignore[no-untyped-call]
+        tensor: torch.Tensor = self._open[self._files[name]].get_tensor(name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -93,9 +116,19 @@ def open_config(folder: Path) -> Any:
         from transformers import AutoConfig
     except ImportError as error:
         raise _missing_extra(error) from error
-    if not (folder / "config.json").exists():
+    path = folder / "config.json"
+    if not path.exists():
         raise FileNotFoundError(f"{folder} holds no config.json")
-    return AutoConfig.from_pretrained(folder)
+    model_type = _read_json(path).get("model_type")
+    if model_type is None:
+        raise ValueError(f"{path} has no model_type")
+    if model_type != "qwen2":
+        raise NotImplementedError(f"model_type must be qwen2, got {model_type}: other architectures are not built")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = " ".join(str(error.args[0] if error.args else error).split())
+        raise ValueError(f"{path} is no valid Qwen2 configuration: {reason}") from error
 
 
 def open_tokenizer(folder: Path) -> Any | None:
@@ -112,7 +145,7 @@ def stop_tokens(folder: Path, config: Any) -> frozenset[int]:
     eos = getattr(config, "eos_token_id", None)
     path = folder / "generation_config.json"
     if path.exists():
-        eos = json.loads(path.read_text()).get("eos_token_id", eos)
+        eos = _read_json(path).get("eos_token_id", eos)
     if eos is None:
         return frozenset()
     return frozenset(eos if isinstance(eos, list) else [eos])

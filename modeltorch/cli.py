@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -66,7 +68,7 @@ def _read_prompts(given: Sequence[str] | None) -> list[str]:
         return list(given)
     if sys.stdin.isatty():
         print("modeltorch: type prompts, one a line, and end with Ctrl-D", file=sys.stderr)
-    return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    return [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -77,7 +79,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     if not prompts:
         raise ValueError("no prompt: give --prompt or lines on standard input")
     model = FlashQwen2ForCausalLM.from_pretrained(
-        arguments.model or checkpoint.BUNDLED, device=arguments.device, dtype=arguments.dtype
+        checkpoint.BUNDLED if arguments.model is None else arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
     )
     start = time.perf_counter()
     answers = model.generate(
@@ -107,25 +111,28 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     from modeltorch import bench
 
-    if arguments.model:
+    for option, value, least in (("--runs", arguments.runs, 1), ("--requests", arguments.requests, 0)):
+        if value < least:
+            raise ValueError(f"{option} must be at least {least}, got {value}")
+    if arguments.model is not None:
         subject = bench.Subject.from_checkpoint(arguments.model, arguments.device, arguments.dtype)
     else:
         subject = bench.Subject.from_shape(arguments.shape, arguments.device, arguments.dtype)
-    results = []
-    for result in bench.measure(
-        subject,
-        prompt_lengths=arguments.prompt_len,
-        prefill_batches=arguments.prefill_batch,
-        contexts=arguments.context,
-        decode_batches=arguments.decode_batch,
-        requests=arguments.requests,
-        runs=arguments.runs,
-    ):
-        results.append(result)
-        print(result.row(), flush=True)
-    if arguments.json:
-        with Path(arguments.json).open("a") as file:
-            file.writelines(json.dumps(result.as_json()) + "\n" for result in results)
+    # Opened first: a file that cannot be written is told before minutes of measuring.
+    with Path(arguments.json).open("a") if arguments.json else contextlib.nullcontext() as file:
+        for result in bench.measure(
+            subject,
+            prompt_lengths=arguments.prompt_len,
+            prefill_batches=arguments.prefill_batch,
+            contexts=arguments.context,
+            decode_batches=arguments.decode_batch,
+            requests=arguments.requests,
+            runs=arguments.runs,
+        ):
+            print(result.row(), flush=True)
+            if file:
+                file.write(json.dumps(result.as_json()) + "\n")
+                file.flush()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,11 +142,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         if arguments.threads is not None:
-            if arguments.threads < 1:
-                raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
+            most = os.cpu_count() or 1
+            if not 1 <= arguments.threads <= most:
+                raise ValueError(f"--threads must be from 1 to {most}, got {arguments.threads}")
             torch.set_num_threads(arguments.threads)
         {"generate": _generate, "bench": _bench}[arguments.command](arguments)
-    except (ValueError, NotImplementedError, FileNotFoundError, ImportError) as error:
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130  # 128 and the number of SIGINT, as shells count
+    except BrokenPipeError:
+        # Whoever read the answers has gone; the interpreter shall not complain at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, NotImplementedError, OSError, ImportError) as error:
         print(f"modeltorch: {error}", file=sys.stderr)
         return 2
     return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -114,18 +116,19 @@ class Engine:
                 length that exceeds the model's positions or the whole cache.
         """
         prompt, model = request.prompt, self.model
-        if not prompt:
-            raise ValueError("a prompt must have at least one token, got none")
-        outside = next((token for token in prompt if not 0 <= token < model.vocab_size), None)
-        if outside is not None:
-            raise ValueError(f"token ids must be in [0, {model.vocab_size}), got {outside}")
+        self._check_tokens(prompt)
         room = model.max_positions - len(prompt)
         if request.max_new_tokens is None:
-            request.max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
+            room_in_cache = self.cache.num_blocks * self.cache.block_size - len(prompt)
+            request.max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room, room_in_cache))
+        try:
+            request.max_new_tokens = operator.index(request.max_new_tokens)
+        except TypeError:
+            raise ValueError(f"max_new_tokens must be a whole number, got {request.max_new_tokens!r}") from None
         if request.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
-        if not 0.0 <= request.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or a positive number, got {request.temperature}")
+        if not isinstance(request.temperature, numbers.Real) or not 0.0 <= request.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 or a positive number, got {request.temperature!r}")
         if request.max_new_tokens > room:
             raise ValueError(
                 f"a prompt of {len(prompt)} and {request.max_new_tokens} new tokens exceed the model's "
@@ -156,7 +159,12 @@ class Engine:
     def compute_logits(self, token_lists: Sequence[list[int]]) -> list[torch.Tensor]:
         """See FlashQwen2ForCausalLM.compute_logits."""
         for tokens in token_lists:
-            self.check(Request(tokens, max_new_tokens=None))
+            self._check_tokens(tokens)
+            if len(tokens) > self.model.max_positions:
+                raise ValueError(
+                    f"a sequence of {len(tokens)} tokens exceeds the model's {self.model.max_positions} positions"
+                )
+            self._check_fits(len(tokens))
         results = []
         for tokens in token_lists:
             request = Request(tokens, max_new_tokens=0)
@@ -166,6 +174,13 @@ class Engine:
             finally:
                 self._release(request)
         return results
+
+    def _check_tokens(self, tokens: list[int]) -> None:
+        if not tokens:
+            raise ValueError("a prompt must have at least one token, got none")
+        outside = next((token for token in tokens if not 0 <= token < self.model.vocab_size), None)
+        if outside is not None:
+            raise ValueError(f"token ids must be in [0, {self.model.vocab_size}), got {outside}")
 
     def _check_fits(self, tokens: int) -> None:
         needed = self.cache.blocks_needed(tokens)
@@ -265,8 +280,9 @@ class Engine:
         return DecodeBatch(going, self.cache.block_size, self.model.device)
 
     def _release(self, request: Request) -> None:
-        self.cache.release(request.blocks)
-        request.blocks = []
+        # Taken first: if an interrupt comes in between, blocks are lost rather than free twice.
+        blocks, request.blocks = request.blocks, []
+        self.cache.release(blocks)
 
     def _generation(self, request: Request) -> Generation:
         tokenizer = self.model.tokenizer

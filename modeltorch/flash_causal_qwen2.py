@@ -9,7 +9,10 @@ compute_logits need no knowledge of steps.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import operator
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,9 @@ def rope_tables(config: Any, head_size: int, dtype: torch.dtype) -> tuple[torch.
     if kind not in ("default", "linear"):
         raise NotImplementedError(f"rope scaling must be default or linear, got {kind}: others are not built")
     theta = rope.get("rope_theta", getattr(config, "rope_theta", None)) or 10000.0
-    factor = rope.get("factor", 1.0) if kind == "linear" else 1.0
+    factor = rope.get("factor") if kind == "linear" else 1.0
+    if not isinstance(factor, (int, float)) or not 1.0 <= factor < math.inf:
+        raise ValueError(f"linear rope scaling needs a factor of at least 1, got {factor}")
     exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
     inv_freq = (1.0 / theta**exponents) / factor
     angles = torch.arange(config.max_position_embeddings, dtype=torch.float32).unsqueeze(1) * inv_freq
@@ -111,7 +116,10 @@ class FlashQwen2ForCausalLM:
         """
         _check_config(config)
         self.config = config
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device must be cpu, got {device!r}") from error
         if self.device.type != "cpu":
             raise NotImplementedError(f"device must be cpu, got {self.device}: other devices are not built")
         self.dtype = _checked_dtype(dtype)
@@ -131,6 +139,8 @@ class FlashQwen2ForCausalLM:
         self._bound_cache: list[torch.Tensor] = []
         self._cache_options = {"block_size": block_size, "num_blocks": num_blocks, "cache_gb": cache_gb}
         self._cache: PagedCache | None = None
+        PagedCache.check_sizes(block_size=block_size, num_blocks=num_blocks, cache_gb=cache_gb)
+        self._lock = threading.RLock()
         self.init_ascend_operations(config)
 
     @classmethod
@@ -222,8 +232,26 @@ class FlashQwen2ForCausalLM:
                 continue
             if name not in self._weights:
                 raise ValueError(f"the checkpoint lacks the tensor {name}")
-            weights[spec["slot"]] = self._weights[name].to(device=self.device, dtype=self.dtype)
+            tensor = self._weights[name]
+            self._check_shape(name, tensor, spec["shape"])
+            weights[spec["slot"]] = tensor.to(device=self.device, dtype=self.dtype)
         return weights
+
+    def _check_shape(self, name: str, tensor: torch.Tensor, shape: list[int | str]) -> None:
+        """Compares a tensor with the configuration, which the step objects never see.
+
+        Raises:
+            ValueError: it has another shape.
+        """
+        sizes = {
+            "hidden": self.hidden_size,
+            "intermediate": self.config.intermediate_size,
+            "vocab": self.vocab_size,
+            "vocab or vocab + 1": self.vocab_size,
+        }
+        expected = [sizes[size] if isinstance(size, str) else size for size in shape]
+        if list(tensor.shape) != expected:
+            raise ValueError(f"{name} must be {expected} by the checkpoint's configuration, got {list(tensor.shape)}")
 
     def init_ascend_weight(self) -> None:
         """Hands the weight list to both objects and keeps it."""
@@ -372,8 +400,14 @@ class FlashQwen2ForCausalLM:
         Raises:
             ValueError: text without a tokenizer.
         """
+        if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+            raise TypeError(f"a prompt must be text or a list of token ids, got {type(prompt).__name__}")
         if not isinstance(prompt, str):
-            return list(prompt)
+            return [_token_id(token) for token in prompt]
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a prompt must be whole Unicode text, got {prompt!r}") from error
         if self.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer: pass lists of token ids instead of text")
         return list(self.tokenizer(prompt)["input_ids"])
@@ -390,7 +424,7 @@ class FlashQwen2ForCausalLM:
 
         Args:
             prompts: texts or lists of token ids; a single text is a list of one.
-            max_new_tokens: most tokens of an answer; None: 256, or what the positions of the model leave.
+            max_new_tokens: most tokens of an answer; None: 256, or what the model's positions and the cache leave.
             ignore_eos: go on to max_new_tokens.
             temperature: 0 is greedy; otherwise tokens are drawn with torch's generator.
 
@@ -401,12 +435,13 @@ class FlashQwen2ForCausalLM:
             ValueError: an empty prompt, an id outside the vocabulary, or a request that can never fit the positions
                 of the model or the cache. Nothing has run then.
         """
-        given: Sequence[str] | Sequence[Sequence[int]] = [prompts] if isinstance(prompts, str) else prompts
+        given: Sequence[str] | Sequence[Sequence[int]] = [prompts] if isinstance(prompts, (str, bytes)) else prompts
         requests = [
             Request(self.encode(prompt), max_new_tokens, ignore_eos=ignore_eos, temperature=temperature)
             for prompt in given
         ]
-        return Engine(self).run(requests)
+        with self._lock:
+            return Engine(self).run(requests)
 
     def compute_logits(self, token_lists: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Logits of every position, through the paged path.
@@ -420,10 +455,23 @@ class FlashQwen2ForCausalLM:
         Raises:
             ValueError: as generate.
         """
-        return Engine(self).compute_logits([list(tokens) for tokens in token_lists])
+        sequences = [self.encode(tokens) for tokens in token_lists]
+        with self._lock:
+            return Engine(self).compute_logits(sequences)
 
     def _is_tied(self) -> bool:
-        return bool(self.config.tie_word_embeddings) or "lm_head.weight" not in self._weights
+        """Whether the head is the embedding; a head of its own in the file counts, as transformers 5 has it."""
+        head = self._weights.get("lm_head.weight")
+        return bool(self.config.tie_word_embeddings) and (
+            head is None or torch.equal(head, self._weights["model.embed_tokens.weight"])
+        )
+
+
+def _token_id(token: Any) -> int:
+    try:
+        return operator.index(token)
+    except TypeError:
+        raise TypeError(f"token ids must be whole numbers, got {token!r}") from None
 
 
 def _with_progress(specs: list[dict[str, Any]]) -> Any:

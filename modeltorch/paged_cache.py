@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,10 +44,7 @@ class PagedCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        if block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {block_size}")
-        if num_blocks < 1:
-            raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
+        self.check_sizes(block_size=block_size, num_blocks=num_blocks)
         shape = (num_blocks, block_size, kv_heads, head_size)
         self.block_size = block_size
         self.num_blocks = num_blocks
@@ -56,6 +54,21 @@ class PagedCache:
             for _ in range(num_layers)
         ]
         self._free = list(range(num_blocks - 1, -1, -1))
+
+    @staticmethod
+    def check_sizes(*, block_size: int, num_blocks: int | None = None, cache_gb: float | None = None) -> None:
+        """Refuses sizes that no cache can have.
+
+        Raises:
+            ValueError: one of them is not a number, or out of range.
+        """
+        for name, count in (("block_size", block_size), ("num_blocks", num_blocks)):
+            if count is None and name == "num_blocks":
+                continue
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}")
+        if cache_gb is not None and (not isinstance(cache_gb, (int, float)) or not 0 < cache_gb < math.inf):
+            raise ValueError(f"cache_gb must be a positive number, got {cache_gb!r}")
 
     @staticmethod
     def blocks_for_memory(

@@ -25,6 +25,15 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Models this small gain nothing from a second thread, and wait for it where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

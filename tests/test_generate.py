@@ -17,8 +17,9 @@ from transformers import Qwen2ForCausalLM
 
 from modeltorch import arithmetic
 from modeltorch.checkpoint import BUNDLED
-from modeltorch.engine import DEFAULT_NEW_TOKENS, Engine, Request
+from modeltorch.engine import DEFAULT_NEW_TOKENS, MAX_BATCH, Engine, Request
 from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
+from modeltorch.sampling import sample
 
 SHAPE = Shape()
 
@@ -289,13 +290,24 @@ def test_answers_do_not_depend_on_who_shares_the_cache(reference, num_blocks):
     assert runner(reference, num_blocks=num_blocks).generate(prompts, max_new_tokens=9) == expected
 
 
-def test_more_requests_than_a_batch_holds_are_all_answered(reference):
-    prompts = [[n % 151, n // 151] for n in range(700)]
-    answers = runner(reference, num_blocks=1000).generate(prompts, max_new_tokens=2)
-    picked = [0, 255, 256, 511, 512, 699]
+def test_more_requests_than_a_batch_holds_are_all_answered(reference, monkeypatch):
+    prompts = [[n % 151, n // 151] for n in range(2 * MAX_BATCH + 5)]
+    model = runner(reference, num_blocks=1000)
+    steps = watched(model, monkeypatch)
+    answers = model.generate(prompts, max_new_tokens=2)
+    assert max(len(step.lengths) for step in steps) == MAX_BATCH
+    picked = [0, MAX_BATCH - 1, MAX_BATCH, len(prompts) - 1]
     expected = runner(reference).generate([prompts[n] for n in picked], max_new_tokens=2)
     assert [answers[n] for n in picked] == expected
-    assert len(answers) == 700
+    assert len(answers) == len(prompts)
+
+
+def test_one_prefill_takes_no_more_tokens_than_its_share_but_always_a_prompt(reference, monkeypatch):
+    monkeypatch.setattr("modeltorch.engine.MAX_PREFILL_TOKENS", 20)
+    model = runner(reference, num_blocks=100)
+    steps = watched(model, monkeypatch)
+    run(model, (8, 1), (12, 1), (1, 1), (50, 1), (20, 1), (3, 1))
+    assert [step.lengths for step in steps] == [[8, 12], [1], [50], [20], [3]]
 
 
 # ---- refusals and failures --------------------------------------------------------------------------
@@ -306,7 +318,7 @@ REFUSED = {
     "an id at the size of the vocabulary": ([GOOD, [1, SHAPE.vocab]], {}, str(SHAPE.vocab)),
     "a huge id": ([GOOD, [2**70]], {}, str(2**70)),
     "a negative id": ([GOOD, [-1]], {}, "-1"),
-    "an id that is no whole number": ([GOOD, [1.0, 2.5]], {}, "2.5"),
+    "an id that is no whole number": ([GOOD, [1, 2.5]], {}, "2.5"),
     "an id that is text": ([GOOD, ["1"]], {}, "'1'"),
     "an id that is nothing": ([GOOD, [None]], {}, "None"),
     "a matrix as a prompt": ([torch.ones(2, 2, dtype=torch.int64)], {}, "token"),
@@ -505,6 +517,14 @@ def test_greedy_requests_stay_greedy_among_drawn_ones(reference):
     )
     assert mixed[1::2] == greedy[1::2]
     assert all(drawn != calm for drawn, calm in zip(mixed[0::2], greedy[0::2], strict=True))
+
+
+def test_equal_logits_at_temperature_0_are_not_drawn_among():
+    logits = torch.zeros(50, 4)
+    logits[:, 1:3] = 1.0
+    torch.manual_seed(0)
+    assert set(sample(logits, torch.zeros(50)).tolist()) == {1}
+    assert set(sample(logits, torch.full((50,), 1e-3)).tolist()) == {1, 2}
 
 
 def test_the_seed_of_torch_decides_what_is_drawn(reference):
