@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -19,6 +20,15 @@ BFLOAT16_FACTOR = 1.5
 FLOAT32_TOLERANCE = 1e-4
 
 both_generations = pytest.mark.parametrize("generation", NAMES)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Steps this small gain nothing from more threads, and on a busy machine those wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @cache
@@ -325,8 +335,8 @@ def test_names_that_stand_for_one_value_of_isFA_refuse_the_other(name, is_fa, er
         ("2024", {"packQuantType": [[1, 1]] * 2}, True, True),
         ("2024", {"packQuantType": [[4, 4]] * 2}, False, False),
         ("2024", {"packQuantType": [[1, 4]] * 2}, True, False),
-        ("2024", {"packQuantType": [[4, 1]] * 2}, False, True),
-        ("current", {"packQuantType": [[4, 1]] * 2}, False, True),
+        ("2024", {"packQuantType": [[4, 1]] * 2, "linearQuantType": [[0] * 7] * 2}, False, True),
+        ("current", {"packQuantType": [[4, 1]] * 2, "linearQuantType": [[0] * 7] * 2}, False, True),
         ("current", {"linearDescs": [[1, -1, -1, 1, 1, -1, 1]] * 2}, True, True),
         ("current", {"linearDescs": [[0, -1, -1, 0, 0, -1, 0]] * 2}, True, True),
         ("current", {"linearDescs": [[1, 1, 1, 1, 1, 1, 1]] * 2}, True, True),
@@ -685,7 +695,7 @@ def test_a_caller_of_2024_without_packQuantType_runs_as_transformers_does(name, 
     [
         ((True, True), {"packQuantType": [[1, 1]] * 2, "linearQuantType": [[0, -1, -1, 0, 0, -1, 0]] * 2}),
         ((False, False), {"packQuantType": [[4, 4]] * 2, "linearQuantType": [[0] * 7] * 2}),
-        ((False, True), {"packQuantType": [[4, 1]] * 2}),
+        ((False, True), {"packQuantType": [[4, 1]] * 2, "linearQuantType": [[0] * 7] * 2}),
     ],
     ids=str,
 )
@@ -884,7 +894,7 @@ def test_a_mask_of_any_other_shape_is_refused_in_prefill_and_ignored_in_decode(g
 @pytest.mark.parametrize("packed", [False, True])
 def test_weight_slots_that_the_parameters_make_unused_may_be_anything(what, packed):
     unused = ANYTHING[what]
-    keys = {"packQuantType": [[1, 1] if packed else [4, 4]] * 2}
+    keys = {"packQuantType": [[1, 1] if packed else [4, 4]] * 2, "linearQuantType": [[0] * 7] * 2}
     options = {"packed": [(packed, packed)] * 2, "norm_bias": unused}
     model = reference_model()
     made = set_param("2024", {**good_parameters("2024"), **keys})

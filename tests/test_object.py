@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -72,6 +72,15 @@ READ_INPUTS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Steps this small gain nothing from more threads, and on a busy machine those wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @cache
 def reference_model(seed: int = 0):
     return random_model(SHAPE, seed)
@@ -104,9 +113,7 @@ def bits(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def same_bits(tensors: list[torch.Tensor], before: list[torch.Tensor]) -> bool:
-    return all(
-        torch.equal(tensor.view(torch.int32), old) for tensor, old in zip(tensors, before, strict=True)
-    )
+    return all(torch.equal(tensor.view(torch.int32), old) for tensor, old in zip(tensors, before, strict=True))
 
 
 class Prefill:
@@ -510,9 +517,7 @@ def test_weights_are_given_back_when_they_are_no_longer_needed(how):
 STRIDED = {
     "transposed": lambda weight: weight.t().contiguous().t() if weight.dim() == 2 else weight,
     "with gaps": lambda weight: torch.stack([weight, weight + 1], dim=-1)[..., 0],
-    "a part of a larger tensor": lambda weight: torch.cat([weight + 1, weight], dim=-1)[
-        ..., weight.shape[-1] :
-    ],
+    "a part of a larger tensor": lambda weight: torch.cat([weight + 1, weight], dim=-1)[..., weight.shape[-1] :],
 }
 
 
@@ -540,6 +545,25 @@ def test_weights_that_require_gradients_record_nothing():
     assert not after.requires_grad
     with torch.inference_mode():
         assert torch.equal(prefill.logits(), before)
+
+
+SURROUNDINGS = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "a default device": lambda: torch.device("meta"),
+    "gradients": torch.enable_grad,
+    "inference": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+def test_the_state_of_torch_around_a_call_changes_nothing(surroundings):
+    runner = make_runner()
+    step = runner.prefill_inputs([list(range(40)), [1, 2, 3]])
+    expected = runner.encoder.execute(*step)[0]
+    with SURROUNDINGS[surroundings]():
+        logits = runner.encoder.execute(*step)[0]
+    assert (logits.dtype, logits.device) == (expected.dtype, expected.device)
+    assert torch.equal(logits, expected)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -592,6 +616,7 @@ class Target:
 
     def check_refused(self, call: Call, error: type[Exception], mentions: tuple[str, ...]) -> None:
         """The call raises `error` naming `mentions`, writes nothing, and the object works on as before."""
+        self.restore()
         before = bits(self.caches_before)
         executions = self.made.counters()["executions"]
         inputs, text = call.arguments()
@@ -886,15 +911,9 @@ def test_a_list_in_the_order_of_the_other_generation_is_told_with_the_name_to_us
 
 
 DOORS = {
-    "weight": lambda aim, spoil: aim.made.set_weight(
-        [spoil(weights_of(aim.made)[0]), *weights_of(aim.made)[1:]]
-    ),
-    "cache": lambda aim, spoil: aim.made.set_kv_cache(
-        new_caches(), [spoil(new_caches()[0]), *new_caches()[1:]]
-    ),
-    "input": lambda aim, spoil: aim.made.execute(
-        [spoil(aim.inputs[0]), *aim.inputs[1:]], json.dumps(aim.parameters)
-    ),
+    "weight": lambda aim, spoil: aim.made.set_weight([spoil(weights_of(aim.made)[0]), *weights_of(aim.made)[1:]]),
+    "cache": lambda aim, spoil: aim.made.set_kv_cache(new_caches(), [spoil(new_caches()[0]), *new_caches()[1:]]),
+    "input": lambda aim, spoil: aim.made.execute([spoil(aim.inputs[0]), *aim.inputs[1:]], json.dumps(aim.parameters)),
     "output": lambda aim, spoil: aim.made.execute_out(
         aim.inputs, [spoil(torch.empty_like(aim.expected))], json.dumps(aim.parameters)
     ),

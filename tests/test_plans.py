@@ -21,6 +21,15 @@ SMALL = Shape()
 ONCE_A_PLAN = ("shape_inferences", "kernel_setups", "plans_built", "arena_allocations")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Steps this small gain nothing from more threads, and on a busy machine those wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @cache
 def small_model():
     return random_model(SMALL)
@@ -197,14 +206,8 @@ class LongRun:
 
 
 @pytest.fixture(scope="module")
-def long_run() -> Iterator[LongRun]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # steps this small gain nothing from more, and a busy machine makes them wait
-    yield _run_long(steps=10_000)
-    torch.set_num_threads(threads)
-
-
-def _run_long(steps: int) -> LongRun:
+def long_run() -> LongRun:
+    steps = 10_000
     generator = random.Random(0)
     encoder, decoder = Free(is_prefill=True), Free(is_prefill=False)
     encoder.step([320] * 2, rows=64)

@@ -5,8 +5,8 @@
 
 namespace modeltorch {
 
-/// kOther stands for the devices that no kernel exists for (meta, xpu, ...).
-enum class DeviceType : uint8_t { kCpu, kCuda, kNpu, kOther };
+/// kMeta has no memory; kOther stands for the devices that have no name here.
+enum class DeviceType : uint8_t { kCpu, kCuda, kNpu, kMeta, kOther };
 
 /// A device: its type and its index among those of that type (0 on the CPU).
 struct Device {
@@ -16,7 +16,7 @@ struct Device {
   friend bool operator==(const Device&, const Device&) = default;
 
   friend std::ostream& operator<<(std::ostream& out, const Device& device) {
-    constexpr const char* kNames[] = {"cpu", "cuda", "npu", "an unsupported device"};
+    constexpr const char* kNames[] = {"cpu", "cuda", "npu", "meta", "another device"};
     out << kNames[static_cast<int>(device.type)];
     const bool has_index = device.type == DeviceType::kCuda || device.type == DeviceType::kNpu;
     return has_index ? out << ':' << device.index : out;

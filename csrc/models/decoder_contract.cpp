@@ -107,9 +107,7 @@ class StepDoor {
       fits = expected[axis] == -1 || expected[axis] == tensor.view.dims[axis];
     }
     check(fits, label(input), " must be ", TensorDesc{dtype, expected}, " (-1: any size), got ", tensor.view);
-    check(tensor.device == limits_.device, label(input), " must be on ", limits_.device,
-          " as the weights are, got ", tensor.device);
-    check(tensor.contiguous, label(input), " must be contiguous, got a strided ", tensor.view);
+    check_place(tensor, label(input), limits_.device, " as the weights are");
     step_.inputs[static_cast<int>(input)] = tensor.view;
   }
 
@@ -127,6 +125,8 @@ class StepDoor {
     take(kCosTable, limits_.dtype, {-1, limits_.head_size});
     take(kSinTable, limits_.dtype, {view(kCosTable).dims[0], limits_.head_size});
     take(kSlots, DType::kInt32, {tokens});
+    check(view(kSeqLen).dims.rank() != 1 || view(kSeqLen).dims[0] == batch, "parameter seqLen has ", batch,
+          " entries, but ", label(kSeqLen), " is ", view(kSeqLen));
     take(kSeqLen, DType::kInt32, {batch});
     if (limits_.is_prefill) {
       check_mask();

@@ -224,6 +224,9 @@ void read_packing(const Parameters& parameters, const std::vector<std::vector<in
   const auto transposes = parameters.table("linearTransposeType", layers, kLinears);
   check_entries("linearQuantType", types, 0, "a quantised linear");
   check_entries("linearTransposeType", transposes, 1, "an unknown layout");
+  if (types.empty() && descs.empty()) {
+    check_entries("packQuantType (without linearQuantType or linearDescs)", pack, 1, "quantised layers");
+  }
   result.packing_follows_weights = pack.empty() && descs.empty();
   for (int64_t layer = 0; layer < layers; ++layer) {
     LayerPacking& packing = result.packing[layer];
@@ -252,7 +255,13 @@ void read_biases(const Parameters& parameters, DecoderParameters& result) {
 // At world size 1 every communication group has one member.
 void check_mapping(const Parameters& parameters) {
   if (!parameters.has("mapping")) return;
-  for (const auto& item : parameters.at("mapping").items()) {
+  const nlohmann::json& mapping = parameters.at("mapping");
+  const auto world = mapping.find("worldSize");
+  if (world != mapping.end() && *world != 1) {
+    fail(ErrorKind::kNotImplemented, "parameter mapping.worldSize = ", world->dump(),
+         " asks for parallelism over several devices, which is not built; only 1 is");
+  }
+  for (const auto& item : mapping.items()) {
     if (!item.value().is_object()) continue;
     const auto ranks = item.value().find("rankIds");
     if (ranks == item.value().end() || !ranks->is_array() || ranks->size() <= 1) continue;

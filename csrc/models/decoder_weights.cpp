@@ -1,6 +1,7 @@
 #include "models/decoder_weights.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "core/check.h"
 
@@ -147,31 +148,50 @@ std::vector<WeightSpec> DecoderWeights::specs(const std::vector<LayerPacking>& p
   return specs;
 }
 
+namespace {
+
+// What most of the listed weights are, so that the odd one is blamed and not all the others.
+template <class Property>
+auto most_common(const std::vector<WeightSpec>& specs, std::span<const GivenTensor> given,
+                 Property&& property) {
+  std::vector<std::pair<decltype(property(given[0])), int64_t>> counts;
+  for (const WeightSpec& spec : specs) {
+    const auto value = property(given[spec.slot]);
+    auto found =
+        std::find_if(counts.begin(), counts.end(), [&](const auto& item) { return item.first == value; });
+    if (found == counts.end()) found = counts.insert(counts.end(), {value, 0});
+    ++found->second;
+  }
+  return std::max_element(counts.begin(), counts.end(),
+                          [](const auto& a, const auto& b) { return a.second < b.second; })
+      ->first;
+}
+
+std::string label(const WeightSpec& spec) {
+  return concat("weight ", spec.slot, " (", spec.name, ")");
+}
+
+}  // namespace
+
 ResolvedWeights resolve_weights(const std::vector<WeightSpec>& specs, std::span<const GivenTensor> given) {
-  const GivenTensor& head = given[specs.back().slot];
   ResolvedWeights resolved;
-  resolved.dtype = head.view.dtype;
-  resolved.device = head.device;
-  const bool is_float = resolved.dtype == DType::kFloat32 || resolved.dtype == DType::kBFloat16 ||
-                        resolved.dtype == DType::kFloat16;
-  check(is_float, "weight ", specs.back().slot,
-        " (lm_head.weight) must be float32, bfloat16 or float16, got ", head.view);
+  resolved.dtype = most_common(specs, given, [](const GivenTensor& tensor) { return tensor.view.dtype; });
+  resolved.device = most_common(specs, given, [](const GivenTensor& tensor) { return tensor.device; });
   for (const WeightSpec& spec : specs) {
     const GivenTensor& weight = given[spec.slot];
+    const DType dtype = weight.view.dtype;
+    check(dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16, label(spec),
+          " must be float32, bfloat16 or float16, got ", weight.view);
     check_shape(spec, weight.view, resolved.sizes);
-    check(weight.view.dtype == resolved.dtype, "weight ", spec.slot, " (", spec.name, ") must be ",
-          resolved.dtype, " as lm_head is, got ", weight.view);
-    check(weight.device == resolved.device, "weight ", spec.slot, " (", spec.name, ") must be on ",
-          resolved.device, " as lm_head is, got ", weight.device);
-    check(weight.contiguous, "weight ", spec.slot, " (", spec.name, ") must be contiguous, got a strided ",
-          weight.view);
+    check(dtype == resolved.dtype, label(spec), " must be ", resolved.dtype,
+          " as the other weights are, got ", weight.view);
+    check_place(weight, label(spec), resolved.device, " as the other weights are");
   }
   if (specs.front().name == "embedding.weight") {
     const int64_t vocab = resolved.sizes.at("vocab");
     resolved.embedding_rows = given[specs.front().slot].view.dims[0];
-    check(resolved.embedding_rows == vocab || resolved.embedding_rows == vocab + 1,
-          "weight 0 (embedding.weight) must have ", vocab, " rows as lm_head does, or one more, got ",
-          given[specs.front().slot].view);
+    check(resolved.embedding_rows == vocab || resolved.embedding_rows == vocab + 1, label(specs.front()),
+          " must have ", vocab, " rows as lm_head does, or one more, got ", given[specs.front().slot].view);
   }
   return resolved;
 }

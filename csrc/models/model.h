@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <nlohmann/json.hpp>
+#include <ostream>
 #include <span>
 #include <string>
 #include <vector>
@@ -13,12 +14,24 @@
 
 namespace modeltorch {
 
+/// How a caller's tensor lies in memory. Kernels take contiguous tensors only.
+enum class Layout : uint8_t { kContiguous, kStrided, kSparse };
+
+inline std::ostream& operator<<(std::ostream& out, Layout layout) {
+  constexpr const char* kNames[] = {"contiguous", "strided", "sparse"};
+  return out << kNames[static_cast<int>(layout)];
+}
+
 /// A tensor as a caller hands it over, before anything is known of its fitness.
 struct GivenTensor {
   TensorView view;
   Device device;
-  bool contiguous = true;
+  Layout layout = Layout::kContiguous;
 };
+
+/// Throws unless the tensor is contiguous and lies on `device`. `label` names it; `reason` says why that
+/// device.
+void check_place(const GivenTensor& tensor, const std::string& label, Device device, const char* reason);
 
 /// One size of a weight: a number, or a name for a size that the weights themselves decide ("vocab").
 struct WeightDim {

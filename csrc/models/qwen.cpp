@@ -1,6 +1,7 @@
 // Qwen2 and Qwen2.5, dense: the graph of one step, and the names it is registered under.
 
 #include <cmath>
+#include <optional>
 
 #include "core/check.h"
 #include "models/decoder_contract.h"
@@ -45,7 +46,7 @@ class QwenModel : public Model {
   void accept_weights(std::span<const GivenTensor> weights) override;
   int64_t cache_count() const override { return parameters_.shape.layers; }
   void accept_caches(std::span<const GivenTensor> keys, std::span<const GivenTensor> values) override;
-  Device device() const override { return resolved_.device; }
+  Device device() const override { return resolved_->device; }
   Graph build_graph() const override;
   std::vector<Rows> input_rows() const override { return decoder_input_rows(); }
   Step prepare(std::span<const GivenTensor> inputs, const nlohmann::json& parameters) const override;
@@ -57,8 +58,8 @@ class QwenModel : public Model {
   DecoderParameters parameters_;
   const InputOrder& order_;
   DecoderWeights weights_;
-  ResolvedWeights resolved_;
-  TensorDesc cache_;
+  std::optional<ResolvedWeights> resolved_;
+  std::optional<GivenTensor> cache_;  ///< the first key cache: all have its shape, dtype and place
 };
 
 std::vector<LayerPacking> QwenModel::packing_of(std::span<const GivenTensor> weights) const {
@@ -80,13 +81,24 @@ void QwenModel::accept_weights(std::span<const GivenTensor> weights) {
   const int64_t hidden = resolved.sizes.at("hidden");
   check(parameters_.expected_hidden == 0 || parameters_.expected_hidden == hidden, "parameter hiddenSize is ",
         parameters_.expected_hidden, ", but the weights have a hidden size of ", hidden);
+  if (cache_.has_value()) {
+    check(cache_->view.dtype == resolved.dtype && cache_->device == resolved.device, "the weights must be ",
+          cache_->view.dtype, " on ", cache_->device, " as the caches are, got ", resolved.dtype, " on ",
+          resolved.device);
+  }
   parameters_.packing = std::move(packing);
   resolved_ = std::move(resolved);
 }
 
 void QwenModel::accept_caches(std::span<const GivenTensor> keys, std::span<const GivenTensor> values) {
   const DecoderShape& shape = parameters_.shape;
-  const TensorDesc first{keys[0].view.dtype, keys[0].view.dims};
+  const DType dtype = resolved_ ? resolved_->dtype : keys[0].view.dtype;
+  const Device device = resolved_ ? resolved_->device : keys[0].device;
+  check(dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16,
+        "key cache 0 must be float32, bfloat16 or float16 as the weights are, got ", keys[0].view);
+  check(device.type != DeviceType::kMeta && device.type != DeviceType::kOther,
+        "key cache 0 must be on a device with memory, got ", device);
+  const char* reason = resolved_ ? " as the weights are" : " as key cache 0 is";
   for (const auto& [name, tensors] : {std::pair{"key cache ", keys}, std::pair{"value cache ", values}}) {
     for (size_t layer = 0; layer < tensors.size(); ++layer) {
       const TensorView& view = tensors[layer].view;
@@ -94,16 +106,16 @@ void QwenModel::accept_caches(std::span<const GivenTensor> keys, std::span<const
                         view.dims[2] == shape.kv_heads && view.dims[3] == shape.head_size;
       check(fits, name, layer, " must be [blocks, block_size, ", shape.kv_heads, ", ", shape.head_size,
             "], got ", view);
-      check(view.dims == first.dims && view.dtype == first.dtype, name, layer, " must be ", first,
+      check(view.dims == keys[0].view.dims, name, layer, " must be ", keys[0].view,
             " as key cache 0 is, got ", view);
-      check(tensors[layer].device == keys[0].device, name, layer, " must be on ", keys[0].device,
-            " as key cache 0 is, got ", tensors[layer].device);
-      check(tensors[layer].contiguous, name, layer, " must be contiguous, got a strided ", view);
+      check(view.dtype == dtype, name, layer, " must be ", dtype, reason, ", got ", view);
+      check_place(tensors[layer], concat(name, layer), device, reason);
     }
   }
-  check(first.dims[0] * first.dims[1] <= INT32_MAX, "a cache must have at most ", INT32_MAX,
-        " rows, since slots are int32, got ", first);
-  cache_ = first;
+  const Dims& dims = keys[0].view.dims;
+  check(dims[0] * dims[1] <= INT32_MAX, "a cache must have at most ", INT32_MAX,
+        " rows, since slots are int32, got ", keys[0].view);
+  cache_ = keys[0];
 }
 
 Graph QwenModel::build_graph() const {
@@ -181,22 +193,20 @@ Graph QwenModel::build_graph() const {
 }
 
 Step QwenModel::prepare(std::span<const GivenTensor> inputs, const nlohmann::json& parameters) const {
-  check(cache_.dtype == resolved_.dtype, "the caches are ", cache_.dtype, ", but the weights are ",
-        resolved_.dtype);
   const DecoderLimits limits{.is_prefill = parameters_.is_prefill,
                              .embeds_ids = parameters_.shape.has_embedding,
-                             .dtype = resolved_.dtype,
-                             .device = resolved_.device,
-                             .hidden = resolved_.sizes.at("hidden"),
+                             .dtype = resolved_->dtype,
+                             .device = resolved_->device,
+                             .hidden = resolved_->sizes.at("hidden"),
                              .head_size = parameters_.shape.head_size,
-                             .embedding_rows = resolved_.embedding_rows,
-                             .blocks = cache_.dims[0],
-                             .block_size = cache_.dims[1]};
+                             .embedding_rows = resolved_->embedding_rows,
+                             .blocks = cache_->view.dims[0],
+                             .block_size = cache_->view.dims[1]};
   return prepare_decoder_step(order_, limits, inputs, parameters);
 }
 
 std::vector<TensorDesc> QwenModel::output_descs(const StepInfo& step) const {
-  return {{resolved_.dtype, {step.logit_rows, resolved_.sizes.at("vocab")}, Rows::kLogits}};
+  return {{resolved_->dtype, {step.logit_rows, resolved_->sizes.at("vocab")}, Rows::kLogits}};
 }
 
 /// The 2024 keys and input order. Qwen2 has biases on q, k and v, and nowhere else.

@@ -41,13 +41,14 @@ class CpuKernel final : public Kernel {
 /// Registers `functions` as Op's CPU kernel: `const bool registered = register_cpu<Op, functions>();`
 template <class Op, const CpuFunctions<Op>& functions>
 bool register_cpu() {
-  return register_kernel(Op::kName, DeviceType::kCpu, [](const KernelSetup& setup) -> std::unique_ptr<Kernel> {
-    const DType dtype = compute_dtype(setup);
-    const auto function = dtype == DType::kFloat32    ? functions.float32
-                          : dtype == DType::kBFloat16 ? functions.bfloat16
-                                                      : functions.float16;
-    return std::make_unique<CpuKernel<Op>>(dynamic_cast<const Op&>(setup.operation), function);
-  });
+  return register_kernel(
+      Op::kName, DeviceType::kCpu, [](const KernelSetup& setup) -> std::unique_ptr<Kernel> {
+        const DType dtype = compute_dtype(setup);
+        const auto function = dtype == DType::kFloat32    ? functions.float32
+                              : dtype == DType::kBFloat16 ? functions.bfloat16
+                                                          : functions.float16;
+        return std::make_unique<CpuKernel<Op>>(dynamic_cast<const Op&>(setup.operation), function);
+      });
 }
 
 /// Makes a kernel class that is a template over the element type: `make_cpu_kernel<SelfAttentionCpu>(setup,

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "graph/graph.h"
-#include "ops/attention.h"
+#include "ops/attention_shape.h"
 
 namespace modeltorch {
 

@@ -110,8 +110,12 @@ static inline void tile_sums(const Vec (&acc)[C], float* out) {
 }
 
 // One float to T and back, without a function of another translation unit.
-static inline void put(float* p, float value) { *p = value; }
-static inline float get(const float* p) { return *p; }
+static inline void put(float* p, float value) {
+  *p = value;
+}
+static inline float get(const float* p) {
+  return *p;
+}
 
 template <class T>
 static inline void put(T* p, float value) {

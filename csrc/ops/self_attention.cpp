@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "ops/attention.h"
 #include "ops/shape_check.h"
 
 namespace modeltorch {

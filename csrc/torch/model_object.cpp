@@ -64,14 +64,9 @@ int64_t ModelObject::set_weight(const std::vector<at::Tensor>& weights) {
     held.reserve(weights.size());
     for (const at::Tensor& weight : weights) {
       check(weight.defined(), "weight ", held.size(), " is an undefined tensor");
-      held.push_back(weight.layout() == at::kStrided ? weight.contiguous() : weight);
+      held.push_back(weight.layout() == at::kStrided ? weight.resolve_neg().contiguous() : weight);
     }
     const std::vector<GivenTensor> given = describe(held);
-    if (!state_.keys.empty()) {
-      const Device cache_device = describe(state_.keys[0]).device;
-      check(given.back().device == cache_device, "the weights must be on ", cache_device,
-            " as the caches are, got ", given.back().device);
-    }
     target.accept_weights(given);
     state_.runner = std::make_unique<GraphRunner>(target.build_graph(), target.input_rows(), target.device());
     state_.runner->bind_weights(views_of(given));
@@ -92,11 +87,7 @@ int64_t ModelObject::set_kv_cache(const std::vector<at::Tensor>& keys,
           expected, " value caches, got ", keys.size(), " and ", values.size());
     const std::vector<GivenTensor> given_keys = describe(keys);
     const std::vector<GivenTensor> given_values = describe(values);
-    if (state_.runner) {
-      check(given_keys[0].device == target.device(), "the caches must be on ", target.device(),
-            " as the weights are, got ", given_keys[0].device);
-    }
-    target.accept_caches(given_keys, given_values);
+    if (expected > 0) target.accept_caches(given_keys, given_values);
     state_.keys = keys;
     state_.values = values;
     bind_caches();
@@ -105,7 +96,7 @@ int64_t ModelObject::set_kv_cache(const std::vector<at::Tensor>& keys,
 }
 
 void ModelObject::bind_caches() {
-  if (!state_.runner || state_.keys.empty()) return;
+  if (!state_.runner) return;
   std::vector<TensorView> caches;
   for (size_t layer = 0; layer < state_.keys.size(); ++layer) {
     caches.push_back(describe(state_.keys[layer]).view);
@@ -117,7 +108,8 @@ void ModelObject::bind_caches() {
 Step ModelObject::prepare(const std::vector<at::Tensor>& inputs, const std::string& parameters) {
   Model& target = model();
   if (!state_.runner) fail(ErrorKind::kRuntime, "set_weight must come before execute");
-  if (state_.keys.empty()) fail(ErrorKind::kRuntime, "set_kv_cache must come before execute");
+  const bool has_caches = static_cast<int64_t>(state_.keys.size()) == target.cache_count();
+  if (!has_caches) fail(ErrorKind::kRuntime, "set_kv_cache must come before execute");
   return target.prepare(describe(inputs), parse_object(parameters, "the parameter of execute"));
 }
 
@@ -149,9 +141,7 @@ int64_t ModelObject::execute_out(const std::vector<at::Tensor>& inputs,
       const GivenTensor given = describe(outputs[index]);
       check(given.view.dims == expected[index].dims && given.view.dtype == expected[index].dtype, "output ",
             index, " must be ", expected[index], ", got ", given.view);
-      check(given.device == model().device(), "output ", index, " must be on ", model().device(), ", got ",
-            given.device);
-      check(given.contiguous, "output ", index, " must be contiguous, got a strided ", given.view);
+      check_place(given, concat("output ", index), model().device(), "");
     }
     run(step, outputs);
     return 0;

@@ -22,9 +22,7 @@ void OperationObject::prepare(const std::vector<GivenTensor>& inputs) {
   check(!inputs.empty(), "expected at least one input, got none");
   std::vector<TensorDesc> descs;
   for (const GivenTensor& input : inputs) {
-    check(input.device == inputs[0].device, "every input must be on ", inputs[0].device, ", got ",
-          input.device);
-    check(input.contiguous, "every input must be contiguous, got a strided ", input.view);
+    check_place(input, "every input", inputs[0].device, " as the first one is");
     descs.push_back({input.view.dtype, input.view.dims, Rows::kFixed});
   }
   if (runner_ && descs == input_descs_ && device_ == inputs[0].device) return;

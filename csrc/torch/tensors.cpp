@@ -25,6 +25,14 @@ DType dtype_of(at::ScalarType type) {
       return DType::kInt64;
     case at::kBool:
       return DType::kBool;
+    case at::kShort:
+      return DType::kInt16;
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kComplexFloat:
+      return DType::kComplex64;
+    case at::kComplexDouble:
+      return DType::kComplex128;
     default:
       return DType::kOther;
   }
@@ -41,7 +49,7 @@ Device device_of(const at::Device& device) {
   if (device.is_cpu()) return {DeviceType::kCpu, 0};
   if (device.is_cuda()) return {DeviceType::kCuda, index};
   if (device.is_privateuseone()) return {DeviceType::kNpu, index};
-  return {DeviceType::kOther, 0};
+  return {device.is_meta() ? DeviceType::kMeta : DeviceType::kOther, 0};
 }
 
 at::Device torch_device_of(Device device) {
@@ -53,17 +61,21 @@ at::Device torch_device_of(Device device) {
 }  // namespace
 
 GivenTensor describe(const at::Tensor& tensor) {
-  GivenTensor given;
   check(tensor.defined(), "expected a tensor, got an undefined one");
+  GivenTensor given;
   given.device = device_of(tensor.device());
-  if (tensor.layout() != at::kStrided || tensor.dim() > Dims::kMaxRank) {
-    given.view.dtype = DType::kOther;
+  given.view.dtype = tensor.dim() <= Dims::kMaxRank ? dtype_of(tensor.scalar_type()) : DType::kOther;
+  if (tensor.dim() > Dims::kMaxRank) return given;
+  for (const int64_t size : tensor.sizes()) given.view.dims.push_back(size);
+  if (tensor.layout() != at::kStrided) {
+    given.layout = Layout::kSparse;
     return given;
   }
-  given.view.dtype = dtype_of(tensor.scalar_type());
-  for (const int64_t size : tensor.sizes()) given.view.dims.push_back(size);
-  given.contiguous = tensor.is_contiguous();
-  if (given.device.type != DeviceType::kOther) given.view.data = tensor.data_ptr();
+  // A lazy negation or conjugation is not in memory: such a tensor must be copied as a strided one must.
+  const bool is_plain = tensor.is_contiguous() && !tensor.is_neg() && !tensor.is_conj();
+  given.layout = is_plain ? Layout::kContiguous : Layout::kStrided;
+  const bool has_memory = given.device.type != DeviceType::kMeta && given.device.type != DeviceType::kOther;
+  if (has_memory) given.view.data = tensor.data_ptr();
   return given;
 }
 
