@@ -1,4 +1,5 @@
-// Replaces the global operators new and delete by ones that count. Linked into the whole test program.
+// Replaces the global operators new and delete by ones that count (running out of memory ends the program).
+// Linked into the whole test program.
 
 #include "allocations.h"
 
@@ -16,7 +17,7 @@ void* allocate(std::size_t bytes, std::size_t alignment) {
   const std::size_t rounded = (bytes + alignment - 1) / alignment * alignment;
   void* memory =
       alignment <= alignof(std::max_align_t) ? std::malloc(bytes) : std::aligned_alloc(alignment, rounded);
-  if (memory == nullptr && bytes > 0) throw std::bad_alloc();
+  if (memory == nullptr && bytes > 0) std::abort();
   return memory;
 }
 
@@ -30,22 +31,52 @@ int64_t allocation_count() {
 
 }  // namespace test
 
-// The array and nothrow forms of the standard library call these.
+// All forms, since a sanitizer brings its own for those that are not replaced.
 void* operator new(std::size_t bytes) {
+  return allocate(bytes, 1);
+}
+void* operator new[](std::size_t bytes) {
+  return allocate(bytes, 1);
+}
+void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
+  return allocate(bytes, 1);
+}
+void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept {
   return allocate(bytes, 1);
 }
 void* operator new(std::size_t bytes, std::align_val_t alignment) {
   return allocate(bytes, static_cast<std::size_t>(alignment));
 }
+void* operator new[](std::size_t bytes, std::align_val_t alignment) {
+  return allocate(bytes, static_cast<std::size_t>(alignment));
+}
 void operator delete(void* memory) noexcept {
+  std::free(memory);
+}
+void operator delete[](void* memory) noexcept {
   std::free(memory);
 }
 void operator delete(void* memory, std::size_t) noexcept {
   std::free(memory);
 }
+void operator delete[](void* memory, std::size_t) noexcept {
+  std::free(memory);
+}
+void operator delete(void* memory, const std::nothrow_t&) noexcept {
+  std::free(memory);
+}
+void operator delete[](void* memory, const std::nothrow_t&) noexcept {
+  std::free(memory);
+}
 void operator delete(void* memory, std::align_val_t) noexcept {
   std::free(memory);
 }
+void operator delete[](void* memory, std::align_val_t) noexcept {
+  std::free(memory);
+}
 void operator delete(void* memory, std::size_t, std::align_val_t) noexcept {
+  std::free(memory);
+}
+void operator delete[](void* memory, std::size_t, std::align_val_t) noexcept {
   std::free(memory);
 }

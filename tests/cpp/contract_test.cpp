@@ -257,7 +257,7 @@ TEST(sequence_lengths_of_the_parameters_are_checked) {
     for (const char* value : {"0", "-1", "1.5", "\"3\"", "true", "null", "[3]", "2147483648", "4294967297",
                               "1e30", "9223372036854775808", "18446744073709551615"}) {
       const json length = json::parse(value);
-      refuse({{"seqLen", {5, 3, length}}}, ErrorKind::kValue, "seqLen", length.dump());
+      refuse({{"seqLen", {5, 3, length}}}, ErrorKind::kValue, "seqLen", "at least 1, got " + length.dump());
     }
     refuse({{"seqLen", {5, 3}}}, ErrorKind::kValue, "input ");
     refuse({{"seqLen", {5, 3, 1, 1}}}, ErrorKind::kValue, "input ");

@@ -1,6 +1,8 @@
 // The JSON of set_param. Keys and policies are written down here a second time, from docs/contract.md.
 
 #include <functional>
+#include <iterator>
+#include <sstream>
 
 #include "models/decoder_parameters.h"
 #include "models/parameters.h"
@@ -36,6 +38,11 @@ struct Generation {
   }
 };
 
+std::vector<std::string> words(const char* text) {
+  std::istringstream stream(text);
+  return {std::istream_iterator<std::string>(stream), {}};
+}
+
 json shared_keys() {
   return {{"isPrefill", true},
           {"isBF16", true},
@@ -51,44 +58,19 @@ Generation generation_2024() {
                   .parse = [](const std::string& text) { return parse_parameters_2024(text, {}); }};
   keys.valid = shared_keys();
   keys.valid["rmsNormEps"] = 1e-6;
-  keys.required = {"isPrefill",
-                   "isBF16",
-                   "isFA",
-                   "numHiddenLayers",
-                   "numAttentionHeadsPerRank",
-                   "numKeyValueHeadsPerRank",
-                   "hiddenSizePerAttentionHead",
-                   "rmsNormEps"};
-  keys.booleans = {"isPrefill",
-                   "isBF16",
-                   "isFA",
-                   "isEmbeddingParallel",
-                   "isLmHeadParallel",
-                   "enableQScale",
-                   "enableLogN",
-                   "isLongSeq",
-                   "isYarn",
-                   "enableSplitFuse",
-                   "enableFA3",
-                   "loraEnableGMM",
-                   "withEmbedding",
-                   "supportSwiGLU",
-                   "supportLcoc",
-                   "supportSpeculate",
-                   "supportPrefixCache",
-                   "supportLora",
-                   "kvQuant"};
-  keys.integers = {"numHiddenLayers",
-                   "numAttentionHeadsPerRank",
-                   "numKeyValueHeadsPerRank",
-                   "hiddenSizePerAttentionHead",
-                   "quantGroupSize",
-                   "lmHeadTransposeType",
-                   "rank",
-                   "worldSize"};
-  keys.numbers = {"rmsNormEps", "mscale"};
-  keys.strings = {"rankTableFile", "backend"};
-  keys.arrays = {"packQuantType", "linearQuantType", "linearTransposeType", "seqLen", "tokenOffset"};
+  keys.required = words(
+      "isPrefill isBF16 isFA numHiddenLayers numAttentionHeadsPerRank numKeyValueHeadsPerRank "
+      "hiddenSizePerAttentionHead rmsNormEps");
+  keys.booleans = words(
+      "isPrefill isBF16 isFA isEmbeddingParallel isLmHeadParallel enableQScale enableLogN "
+      "isLongSeq isYarn enableSplitFuse enableFA3 loraEnableGMM withEmbedding supportSwiGLU "
+      "supportLcoc supportSpeculate supportPrefixCache supportLora kvQuant");
+  keys.integers = words(
+      "numHiddenLayers numAttentionHeadsPerRank numKeyValueHeadsPerRank "
+      "hiddenSizePerAttentionHead quantGroupSize lmHeadTransposeType rank worldSize");
+  keys.numbers = words("rmsNormEps mscale");
+  keys.strings = words("rankTableFile backend");
+  keys.arrays = words("packQuantType linearQuantType linearTransposeType seqLen tokenOffset");
   return keys;
 }
 
@@ -104,105 +86,35 @@ Generation generation_current() {
                      {"lmHeadTransposeType", 1},
                      {"linearTransposeType", {types, types}},
                      {"backend", "lccl"}});
-  keys.required = {"isPrefill",
-                   "isBF16",
-                   "isFA",
-                   "numHiddenLayers",
-                   "numAttentionHeadsPerRank",
-                   "numKeyValueHeadsPerRank",
-                   "hiddenSizePerAttentionHead",
-                   "isUnpadInputs",
-                   "normEps",
-                   "normType",
-                   "rank",
-                   "worldSize",
-                   "lmHeadTransposeType",
-                   "linearTransposeType",
-                   "backend"};
-  keys.booleans = {"isPrefill",
-                   "isBF16",
-                   "isFA",
-                   "isEmbeddingParallel",
-                   "isLmHeadParallel",
-                   "enableQScale",
-                   "enableLogN",
-                   "isLongSeq",
-                   "isYarn",
-                   "enableSplitFuse",
-                   "enableFA3",
-                   "loraEnableGMM",
-                   "isUnpadInputs",
-                   "withEmbedding",
-                   "skipWordEmbedding",
-                   "enableSwiGLU",
-                   "enableSwigluQuant",
-                   "enableKvQuant",
-                   "enableReduceQuant",
-                   "enableSpeculate",
-                   "enablePrefixCache",
-                   "enableLora",
-                   "enableLcoc",
-                   "enableMC2",
-                   "enableFlashComm",
-                   "enableGreedySearchOpt",
-                   "enableCompressHead",
-                   "enableOmniAttention",
-                   "enableAddNorm",
-                   "enableIntraLayerAddNorm",
-                   "enableInterLayerAddNorm",
-                   "enablePreFetchWeight",
-                   "enableDap",
-                   "enableCVOverlap",
-                   "useQKNorm",
-                   "enableRopeQuantKvcache",
-                   "enableModelConfuscation",
-                   "isEdgeHardware",
-                   "kvQuantHasOffset",
-                   "layerwiseDisaggregated",
-                   "reuseEmbedTable",
-                   "outputEmbedTable",
-                   "hasPp",
-                   "hasAttnTp",
-                   "hasAttnDp",
-                   "hasMlpTp"};
-  keys.integers = {"numHiddenLayers",
-                   "numAttentionHeadsPerRank",
-                   "numKeyValueHeadsPerRank",
-                   "hiddenSizePerAttentionHead",
-                   "quantGroupSize",
-                   "lmHeadTransposeType",
-                   "rank",
-                   "worldSize",
-                   "normType",
-                   "hiddenSize",
-                   "positionEmbeddingType",
-                   "memPoolType",
-                   "attnBackend",
-                   "matmulBackend",
-                   "ropeBackend",
-                   "preFetchWeightSize",
-                   "modelConfuscationFd",
-                   "layerwiseMode",
-                   "startLayerId",
-                   "endLayerId",
-                   "attnTpRank",
-                   "attnTpSize",
-                   "attnDpRank",
-                   "attnDpSize",
-                   "mlpTpRank",
-                   "mlpTpSize",
-                   "tpRank",
-                   "tpWorldSize",
-                   "ppGroupSize",
-                   "prevPpRank",
-                   "nextPpRank"};
-  keys.numbers = {"normEps", "mscale"};
-  keys.strings = {"rankTableFile", "backend",     "weightQuantType", "pipeKey",        "attnTpDomain",
-                  "attnDpDomain",  "mlpTpDomain", "tpDomain",        "tpRankTableFile"};
-  keys.arrays = {"packQuantType", "linearQuantType", "linearTransposeType",
-                 "linearDescs",   "linearHasBias",   "isAntiOutlier",
-                 "pattern_mask",  "seqLen",          "tokenOffset"};
-  keys.objects = {"mapping"};
+  keys.required = words(
+      "isPrefill isBF16 isFA numHiddenLayers numAttentionHeadsPerRank numKeyValueHeadsPerRank "
+      "hiddenSizePerAttentionHead isUnpadInputs normEps normType rank worldSize "
+      "lmHeadTransposeType linearTransposeType backend");
+  keys.booleans = words(
+      "isPrefill isBF16 isFA isEmbeddingParallel isLmHeadParallel enableQScale enableLogN "
+      "isLongSeq isYarn enableSplitFuse enableFA3 loraEnableGMM isUnpadInputs withEmbedding "
+      "skipWordEmbedding enableSwiGLU enableSwigluQuant enableKvQuant enableReduceQuant "
+      "enableSpeculate enablePrefixCache enableLora enableLcoc enableMC2 enableFlashComm "
+      "enableGreedySearchOpt enableCompressHead enableOmniAttention enableAddNorm "
+      "enableIntraLayerAddNorm enableInterLayerAddNorm enablePreFetchWeight enableDap "
+      "enableCVOverlap useQKNorm enableRopeQuantKvcache enableModelConfuscation isEdgeHardware "
+      "kvQuantHasOffset layerwiseDisaggregated reuseEmbedTable outputEmbedTable hasPp hasAttnTp "
+      "hasAttnDp hasMlpTp");
+  keys.integers = words(
+      "numHiddenLayers numAttentionHeadsPerRank numKeyValueHeadsPerRank "
+      "hiddenSizePerAttentionHead quantGroupSize lmHeadTransposeType rank worldSize normType "
+      "hiddenSize positionEmbeddingType memPoolType attnBackend matmulBackend ropeBackend "
+      "preFetchWeightSize modelConfuscationFd layerwiseMode startLayerId endLayerId attnTpRank "
+      "attnTpSize attnDpRank attnDpSize mlpTpRank mlpTpSize tpRank tpWorldSize ppGroupSize "
+      "prevPpRank nextPpRank");
+  keys.numbers = words("normEps mscale");
+  keys.strings = words(
+      "rankTableFile backend weightQuantType pipeKey attnTpDomain attnDpDomain mlpTpDomain "
+      "tpDomain tpRankTableFile");
+  keys.arrays = words(
+      "packQuantType linearQuantType linearTransposeType linearDescs linearHasBias isAntiOutlier "
+      "pattern_mask seqLen tokenOffset");
+  keys.objects = words("mapping");
   return keys;
 }
 

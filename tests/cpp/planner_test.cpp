@@ -146,7 +146,7 @@ TEST(input_and_output_of_a_node_are_apart) {
 
 // A small tensor goes into the lowest gap between tensors that are alive, not on top of them.
 TEST(gaps_are_filled) {
-  const std::vector<Lifetime> lifetimes = {{1024, 0, 1}, {640, 4, 9}, {512, 0, 9}, {256, 4, 9}};
+  const std::vector<Lifetime> lifetimes = {{1024, 0, 1}, {640, 4, 9}, {512, 0, 9}, {384, 4, 9}};
   const MemoryPlan plan = plan_memory(lifetimes);
   check_no_overlap(lifetimes, plan);
   expect(plan.offsets == std::vector<size_t>{0, 0, 1024, 640} && plan.arena_bytes == 1536, "arena ",
