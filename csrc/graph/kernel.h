@@ -41,8 +41,15 @@ class Kernel {
  public:
   virtual ~Kernel() = default;
   virtual size_t workspace_bytes() const { return 0; }
+
+  /// Work of the host before run() that the device's session may do ahead, or on another thread. Only sessions of
+  /// devices whose kernels have such work call it; args are those of the run() that follows.
+  virtual void prepare(const KernelArgs&) {}
+
   virtual void run(const KernelArgs& args) = 0;
 };
+
+class DeviceSession;
 
 /// What a kernel is set up from: shapes are those of the bucket, the largest that a run will bring.
 struct KernelSetup {
@@ -50,6 +57,7 @@ struct KernelSetup {
   const std::vector<TensorDesc>& inputs;
   const std::vector<TensorDesc>& outputs;
   Device device;
+  DeviceSession* session = nullptr;  ///< of the runner; it outlives the kernel
 };
 
 using KernelFactory = std::unique_ptr<Kernel> (*)(const KernelSetup& setup);

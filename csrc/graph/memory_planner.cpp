@@ -6,8 +6,8 @@
 namespace modeltorch {
 namespace {
 
-size_t align_up(size_t bytes) {
-  return (bytes + kArenaAlignment - 1) / kArenaAlignment * kArenaAlignment;
+size_t align_up(size_t bytes, size_t alignment) {
+  return (bytes + alignment - 1) / alignment * alignment;
 }
 
 bool meet(const Lifetime& a, const Lifetime& b) {
@@ -16,7 +16,7 @@ bool meet(const Lifetime& a, const Lifetime& b) {
 
 }  // namespace
 
-MemoryPlan plan_memory(std::span<const Lifetime> lifetimes) {
+MemoryPlan plan_memory(std::span<const Lifetime> lifetimes, size_t alignment) {
   std::vector<size_t> order(lifetimes.size());
   std::iota(order.begin(), order.end(), size_t{0});
   std::stable_sort(order.begin(), order.end(),
@@ -26,13 +26,13 @@ MemoryPlan plan_memory(std::span<const Lifetime> lifetimes) {
   plan.offsets.assign(lifetimes.size(), 0);
   std::vector<size_t> placed;  // sorted by offset
   for (const size_t index : order) {
-    const size_t bytes = align_up(lifetimes[index].bytes);
+    const size_t bytes = align_up(lifetimes[index].bytes, alignment);
     if (bytes == 0) continue;
     size_t offset = 0;
     for (const size_t other : placed) {
       if (!meet(lifetimes[index], lifetimes[other])) continue;
       if (plan.offsets[other] >= offset + bytes) break;
-      offset = std::max(offset, plan.offsets[other] + align_up(lifetimes[other].bytes));
+      offset = std::max(offset, plan.offsets[other] + align_up(lifetimes[other].bytes, alignment));
     }
     plan.offsets[index] = offset;
     plan.arena_bytes = std::max(plan.arena_bytes, offset + bytes);

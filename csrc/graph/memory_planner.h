@@ -21,14 +21,14 @@ struct MemoryPlan {
   size_t arena_bytes = 0;
 };
 
-/// Every offset is a multiple of this: a cache line, and what the widest vector load wants.
+/// What offsets are multiples of on the CPU: a cache line, and what the widest vector load wants.
 inline constexpr size_t kArenaAlignment = 64;
 
-/// Assigns offsets so that tensors whose lifetimes meet never overlap.
+/// Assigns offsets, multiples of `alignment`, so that tensors whose lifetimes meet never overlap.
 ///
 /// Greedy by size: the largest tensor first, each at the lowest offset that is free during its whole lifetime
 /// (Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net Inference", 2020, section 4.3).
 /// A pure function: the same lifetimes give the same plan. A tensor of 0 bytes takes no room.
-MemoryPlan plan_memory(std::span<const Lifetime> lifetimes);
+MemoryPlan plan_memory(std::span<const Lifetime> lifetimes, size_t alignment = kArenaAlignment);
 
 }  // namespace modeltorch

@@ -4,6 +4,7 @@
 #include <bit>
 
 #include "core/check.h"
+#include "graph/session.h"
 #include "graph/trace.h"
 
 namespace modeltorch {
@@ -31,11 +32,11 @@ int64_t bucket_size(int64_t count) {
 }
 
 Plan::Plan(const Graph& graph, const Bucket& bucket, const Bindings& bindings,
-           std::span<const Rows> input_rows, Device device)
+           std::span<const Rows> input_rows, DeviceSession& session)
     : graph_(graph), bucket_(bucket), descs_(graph.values.size()), views_(graph.values.size()) {
   infer_shapes(bindings, input_rows);
-  set_up_kernels(device);
-  plan_arena();
+  set_up_kernels(session);
+  plan_arena(session.alignment());
 }
 
 void Plan::infer_shapes(const Bindings& bindings, std::span<const Rows> input_rows) {
@@ -59,7 +60,8 @@ void Plan::infer_shapes(const Bindings& bindings, std::span<const Rows> input_ro
   }
 }
 
-void Plan::set_up_kernels(Device device) {
+void Plan::set_up_kernels(DeviceSession& session) {
+  const Device device = session.device();
   for (const Node& node : graph_.nodes) {
     std::vector<TensorDesc> inputs;
     std::vector<TensorDesc> outputs;
@@ -75,7 +77,7 @@ void Plan::set_up_kernels(Device device) {
     try {
       const KernelFactory factory = find_kernel(node.operation->name(), device.type);
       if (factory == nullptr) fail(ErrorKind::kNotImplemented, "no kernel for device ", device);
-      run.kernel = factory({*node.operation, inputs, outputs, device});
+      run.kernel = factory({*node.operation, inputs, outputs, device, &session});
     } catch (const Error& error) {
       rethrow_at(node, error);
     }
@@ -83,7 +85,7 @@ void Plan::set_up_kernels(Device device) {
   }
 }
 
-void Plan::plan_arena() {
+void Plan::plan_arena(size_t alignment) {
   std::vector<Lifetime> lifetimes;
   std::vector<int64_t> last_reader(graph_.values.size(), -1);
   std::vector<int64_t> writer(graph_.values.size(), -1);
@@ -105,7 +107,7 @@ void Plan::plan_arena() {
     const auto node = static_cast<int64_t>(index);
     lifetimes.push_back({runs_[index].kernel->workspace_bytes(), node, node});
   }
-  memory_ = plan_memory(lifetimes);
+  memory_ = plan_memory(lifetimes, alignment);
   for (const int32_t id : arena_values_) views_[id] = {nullptr, descs_[id].dtype, descs_[id].dims};
   for (size_t index = 0; index < runs_.size(); ++index) {
     runs_[index].workspace_offset = memory_.offsets[arena_values_.size() + index];
@@ -128,28 +130,35 @@ void Plan::place_in_arena(std::byte* arena) {
   arena_ = arena;
 }
 
-void Plan::run(const Bindings& bindings, const StepInfo& step, std::byte* arena, void* stream) {
+void Plan::bind(const Bindings& bindings, const StepInfo& step, std::byte* arena) {
   if (arena != arena_) place_in_arena(arena);
-  stream_ = stream;
   for (const int32_t id : arena_values_) {
     if (descs_[id].rows != Rows::kFixed) views_[id].dims[0] = step.rows(descs_[id].rows);
   }
   for (const int32_t id : step_values_) views_[id] = external_view(graph_.values[id], bindings);
-  const bool traced = tracing();
-  size_t index = 0;
+}
+
+KernelArgs Plan::args_of(const NodeRun& node, const NodeLaunch& launch) const {
+  return {node.inputs, node.outputs, arena_ + node.workspace_offset, launch.stream, launch.step};
+}
+
+void Plan::prepare_node(size_t index, const NodeLaunch& launch) {
   try {
-    for (; index < runs_.size(); ++index) run_node(index, step, traced);
+    runs_[index].kernel->prepare(args_of(runs_[index], launch));
   } catch (const Error& error) {
     rethrow_at(graph_.nodes[index], error);
   }
 }
 
-void Plan::run_node(size_t index, const StepInfo& step, bool traced) {
+void Plan::run_node(size_t index, const NodeLaunch& launch) {
   NodeRun& node = runs_[index];
-  const KernelArgs args{node.inputs, node.outputs, arena_ + node.workspace_offset, stream_, &step};
-  if (!traced) return node.kernel->run(args);
-  const NodeSpan span({graph_.nodes[index].name, node.inputs, node.outputs});
-  node.kernel->run(args);
+  try {
+    if (!launch.traced) return node.kernel->run(args_of(node, launch));
+    const NodeSpan span({graph_.nodes[index].name, node.inputs, node.outputs});
+    node.kernel->run(args_of(node, launch));
+  } catch (const Error& error) {
+    rethrow_at(graph_.nodes[index], error);
+  }
 }
 
 std::string Plan::describe() const {

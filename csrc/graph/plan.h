@@ -38,13 +38,25 @@ struct Bucket {
 /// The smallest bucket size that holds `count`: powers of two to 64, then multiples of 64.
 int64_t bucket_size(int64_t count);
 
+class DeviceSession;
+
+/// What a session says of the nodes that it launches.
+struct NodeLaunch {
+  const StepInfo* step = nullptr;
+  void* stream = nullptr;  ///< KernelArgs::stream
+  bool traced = false;     ///< announce the node: tracing() of this step
+};
+
 /// A graph set up for one bucket on one device: inferred shapes, a memory plan and a kernel for every node.
+///
+/// A step is bind() and then, by the runner's session, run_node() of every node in order. Nothing is inferred,
+/// planned or allocated in a step.
 class Plan {
  public:
   /// Infers every shape once, plans the arena and sets every kernel up. `input_rows` has an entry per input
   /// slot.
   Plan(const Graph& graph, const Bucket& bucket, const Bindings& bindings, std::span<const Rows> input_rows,
-       Device device);
+       DeviceSession& session);
 
   const Bucket& bucket() const { return bucket_; }
   size_t arena_bytes() const { return memory_.arena_bytes; }
@@ -53,8 +65,16 @@ class Plan {
   void bind_persistent(const Bindings& bindings, int64_t version);
   int64_t bound_version() const { return bound_version_; }
 
-  /// Runs every node in order. Nothing is inferred, planned or allocated here.
-  void run(const Bindings& bindings, const StepInfo& step, std::byte* arena, void* stream);
+  /// Takes the tensors, counts and memory of one step.
+  void bind(const Bindings& bindings, const StepInfo& step, std::byte* arena);
+
+  size_t node_count() const { return runs_.size(); }
+
+  /// Kernel::prepare of a node. Throws Error naming the node.
+  void prepare_node(size_t index, const NodeLaunch& launch);
+
+  /// Runs a node. Throws Error naming the node.
+  void run_node(size_t index, const NodeLaunch& launch);
 
   /// Nodes with shapes, and the arena with offsets, as text.
   std::string describe() const;
@@ -68,10 +88,10 @@ class Plan {
   };
 
   void infer_shapes(const Bindings& bindings, std::span<const Rows> input_rows);
-  void set_up_kernels(Device device);
-  void plan_arena();
+  void set_up_kernels(DeviceSession& session);
+  void plan_arena(size_t alignment);
   void place_in_arena(std::byte* arena);
-  void run_node(size_t index, const StepInfo& step, bool traced);
+  KernelArgs args_of(const NodeRun& node, const NodeLaunch& launch) const;
 
   const Graph& graph_;
   Bucket bucket_;
@@ -82,7 +102,6 @@ class Plan {
   std::vector<int32_t> step_values_;   ///< inputs and outputs, taken from the caller in every run
   MemoryPlan memory_;
   std::byte* arena_ = nullptr;
-  void* stream_ = nullptr;
   int64_t bound_version_ = -1;
 };
 

@@ -4,17 +4,26 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/warn.h"
 #include "graph/fusion.h"
 
 namespace modeltorch {
 
 GraphRunner::GraphRunner(Graph graph, std::vector<Rows> input_rows, Device device)
-    : graph_(std::move(graph)), input_rows_(std::move(input_rows)), device_(device) {
+    : graph_(std::move(graph)), input_rows_(std::move(input_rows)), session_(make_session(device)) {
   fuse(graph_, device.type);
   for (const Node& node : graph_.nodes) {
     if (find_kernel(node.operation->name(), device.type) != nullptr) continue;
     fail(ErrorKind::kNotImplemented, "node ", node.name, ": this build has no ", node.operation->name(),
          " for device ", device);
+  }
+}
+
+GraphRunner::~GraphRunner() {
+  try {
+    settle();
+  } catch (const Error& error) {
+    warn(concat("an object was destroyed before it could report: ", error.what()));
   }
 }
 
@@ -40,7 +49,7 @@ Plan& GraphRunner::plan_for(const Bucket& bucket, const Bindings& bindings) {
     plans_.splice(plans_.begin(), plans_, found);
     return plans_.front();
   }
-  plans_.emplace_front(graph_, bucket, bindings, input_rows_, device_);
+  plans_.emplace_front(graph_, bucket, bindings, input_rows_, *session_);
   const auto nodes = static_cast<int64_t>(graph_.nodes.size());
   counters_.shape_inferences += nodes;
   counters_.kernel_setups += nodes;
@@ -53,12 +62,14 @@ Plan& GraphRunner::plan_for(const Bucket& bucket, const Bindings& bindings) {
 }
 
 void GraphRunner::run(std::span<const TensorView> inputs, std::span<const TensorView> outputs,
-                      const StepInfo& step, Arena& arena, void* stream) {
+                      const StepInfo& step, Arena& arena) {
+  settle();
   const Bindings bindings{inputs, weights_, caches_, outputs};
   const Bucket bucket{bucket_size(step.tokens), bucket_size(step.sequences), bucket_size(step.logit_rows)};
   Plan& plan = plan_for(bucket, bindings);
   if (plan.bound_version() != version_) plan.bind_persistent(bindings, version_);
-  plan.run(bindings, step, arena.reserve(plan.arena_bytes()), stream);
+  plan.bind(bindings, step, arena.reserve(plan.arena_bytes()));
+  session_->run(plan, step);
   ++counters_.executions;
 }
 

@@ -11,6 +11,7 @@
 #include "core/device.h"
 #include "graph/graph.h"
 #include "graph/plan.h"
+#include "graph/session.h"
 
 namespace modeltorch {
 
@@ -40,6 +41,9 @@ class GraphRunner {
   /// Fuses `graph` for `device`. `input_rows` says which count each input's dimension 0 follows.
   GraphRunner(Graph graph, std::vector<Rows> input_rows, Device device);
 
+  /// Settles; what an earlier step threw and nobody heard becomes a warning.
+  ~GraphRunner();
+
   /// Replaces the weights: plans are dropped, since kernels may depend on them.
   void bind_weights(std::vector<TensorView> weights);
 
@@ -48,7 +52,14 @@ class GraphRunner {
 
   /// One step. Throws Error naming the node; the runner stays usable.
   void run(std::span<const TensorView> inputs, std::span<const TensorView> outputs, const StepInfo& step,
-           Arena& arena, void* stream);
+           Arena& arena);
+
+  /// Waits until the last step is launched; throws, once, what went wrong in it (DeviceSession::settle). Whoever
+  /// rebinds, frees what a step used or goes away settles first.
+  void settle() { session_->settle(); }
+
+  /// True if the inputs and outputs of the last step must stay until settle().
+  bool pending() const { return session_->pending(); }
 
   /// True if some node reads the input.
   bool reads_input(int32_t slot) const;
@@ -62,7 +73,7 @@ class GraphRunner {
 
   Graph graph_;
   std::vector<Rows> input_rows_;
-  Device device_;
+  std::unique_ptr<DeviceSession> session_;
   std::vector<TensorView> weights_;
   std::vector<TensorView> caches_;
   int64_t version_ = 0;    ///< grows with every binding of weights or caches

@@ -115,7 +115,7 @@ Step ModelObject::prepare(const std::vector<at::Tensor>& inputs, const std::stri
 
 void ModelObject::run(const Step& step, const std::vector<at::Tensor>& outputs) {
   const std::vector<TensorView> views = views_of(describe(outputs));
-  state_.runner->run(step.inputs, views, step.info, *state_.arena, nullptr);
+  state_.runner->run(step.inputs, views, step.info, *state_.arena);
 }
 
 std::vector<at::Tensor> ModelObject::execute(const std::vector<at::Tensor>& inputs,

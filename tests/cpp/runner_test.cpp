@@ -91,7 +91,7 @@ struct Rig {
         Tensor::of(DType::kFloat32, {step.tokens, 2}, std::vector<double>(2 * step.tokens, x));
     const Tensor output(DType::kFloat32, {bucket_size(step.tokens), 2});
     const TensorView view{output.view().data, DType::kFloat32, {step.tokens, 2}};
-    runner.run({&input.view(), 1}, {&view, 1}, step, *arena, nullptr);
+    runner.run({&input.view(), 1}, {&view, 1}, step, *arena);
     for (int64_t i = 0; i < output.count(); ++i) {
       const double value = output.get(i);
       expect(i < 2 * step.tokens ? value == gamma.get(i % 2) + 1.0 : std::isnan(value), "element ", i, " of ",
@@ -169,7 +169,7 @@ TEST(random_graphs_equal_their_nodes) {
         outputs.emplace_back(DType::kFloat32, x.dims());
         views.push_back(outputs.back().view());
       }
-      runner.run(inputs, views, step_of(tokens), arena, nullptr);
+      runner.run(inputs, views, step_of(tokens), arena);
       const std::vector<Tensor> expected = run_plainly(graph, x, y, gamma);
       expect(expected.size() == output_count, "outputs");
       for (size_t index = 0; index < output_count; ++index) {
@@ -276,7 +276,7 @@ TEST(new_caches_are_read_without_new_plans) {
     const Tensor x = Tensor::of(DType::kFloat32, {rows, 1}, std::vector<double>(rows, 1.0));
     const Tensor y(DType::kFloat32, {rows, 1});
     runner.bind_caches({cache.view()});
-    runner.run({&x.view(), 1}, {&y.view(), 1}, step_of(1), arena, nullptr);
+    runner.run({&x.view(), 1}, {&y.view(), 1}, step_of(1), arena);
     for (const double sum : y.values()) expect(sum == value + 1.0, "a stale cache was read: ", sum);
   };
   run_with(2, 10.0);

@@ -232,7 +232,7 @@ TinyStep TinyQwen::open(Phase& phase, StepInputs inputs) {
 }
 
 void TinyQwen::Phase::run(const TinyStep& step) {
-  runner->run(step.step.inputs, {&step.logits.view(), 1}, step.step.info, arena, nullptr);
+  runner->run(step.step.inputs, {&step.logits.view(), 1}, step.step.info, arena);
 }
 
 }  // namespace test
