@@ -42,8 +42,8 @@ class Kernel {
   virtual ~Kernel() = default;
   virtual size_t workspace_bytes() const { return 0; }
 
-  /// Work of the host before run() that the device's session may do ahead, or on another thread. Only sessions of
-  /// devices whose kernels have such work call it; args are those of the run() that follows.
+  /// Work of the host before run() that the device's session may do ahead, or on another thread. Only
+  /// sessions of devices whose kernels have such work call it; args are those of the run() that follows.
   virtual void prepare(const KernelArgs&) {}
 
   virtual void run(const KernelArgs& args) = 0;

@@ -49,8 +49,8 @@ struct NodeLaunch {
 
 /// A graph set up for one bucket on one device: inferred shapes, a memory plan and a kernel for every node.
 ///
-/// A step is bind() and then, by the runner's session, run_node() of every node in order. Nothing is inferred,
-/// planned or allocated in a step.
+/// A step is bind() and then, by the runner's session, run_node() of every node in order. Nothing is
+/// inferred, planned or allocated in a step.
 class Plan {
  public:
   /// Infers every shape once, plans the arena and sets every kernel up. `input_rows` has an entry per input

@@ -54,8 +54,8 @@ class GraphRunner {
   void run(std::span<const TensorView> inputs, std::span<const TensorView> outputs, const StepInfo& step,
            Arena& arena);
 
-  /// Waits until the last step is launched; throws, once, what went wrong in it (DeviceSession::settle). Whoever
-  /// rebinds, frees what a step used or goes away settles first.
+  /// Waits until the last step is launched; throws, once, what went wrong in it (DeviceSession::settle).
+  /// Whoever rebinds, frees what a step used or goes away settles first.
   void settle() { session_->settle(); }
 
   /// True if the inputs and outputs of the last step must stay until settle().

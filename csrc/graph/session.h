@@ -13,9 +13,10 @@ class Plan;
 
 /// What one runner keeps on its device between steps, and the way its plans are launched there.
 ///
-/// This class launches in line, which is all that the CPU needs. A device derives from it to read the caller's
-/// current stream, to launch through a queue or as a captured graph, and to keep the handles of its libraries; its
-/// kernels find it in KernelSetup. A runner has one session, and the session outlives the runner's plans.
+/// This class launches in line, which is all that the CPU needs. A device derives from it to read the
+/// caller's current stream, to launch through a queue or as a captured graph, and to keep the handles of its
+/// libraries; its kernels find it in KernelSetup. A runner has one session, and the session outlives the
+/// runner's plans.
 class DeviceSession {
  public:
   explicit DeviceSession(Device device) : device_(device) {}
@@ -28,12 +29,12 @@ class DeviceSession {
   /// Every offset in the arena of a plan is a multiple of this.
   virtual size_t alignment() const { return kArenaAlignment; }
 
-  /// Launches every node of `plan`, which is bound to `step`. A session that leaves work to another thread copies
-  /// what it needs of `step`; the plan and what it is bound to stay until the next settle().
+  /// Launches every node of `plan`, which is bound to `step`. A session that leaves work to another thread
+  /// copies what it needs of `step`; the plan and what it is bound to stay until the next settle().
   virtual void run(Plan& plan, const StepInfo& step);
 
-  /// Waits until the host has launched what run() left to another thread, and throws, once, what went wrong there.
-  /// The runner calls it before it changes or runs a plan. It does not wait for the device.
+  /// Waits until the host has launched what run() left to another thread, and throws, once, what went wrong
+  /// there. The runner calls it before it changes or runs a plan. It does not wait for the device.
   virtual void settle() {}
 
   /// True if what the last run reads and writes must stay until settle().

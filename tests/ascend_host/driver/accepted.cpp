@@ -1,7 +1,9 @@
 // Calls that need no answer here: they return 0. No header is included, since every one is declared alike.
 
 #define ACCEPT(name) \
-  int name() { return 0; }
+  int name() {       \
+    return 0;        \
+  }
 
 extern "C" {
 

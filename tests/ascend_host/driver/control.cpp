@@ -54,7 +54,9 @@ void count(const std::string& name, int64_t amount) {
   state.counters[name] += amount;
 }
 
-void set_message(std::string message) { recent_message = std::move(message); }
+void set_message(std::string message) {
+  recent_message = std::move(message);
+}
 
 void wait_for_permission() {
   Control& state = control();
@@ -71,8 +73,8 @@ using ascend_host::control;
 
 extern "C" {
 
-/// Lets `skip` calls pass and the `times` after them fail. Faults: malloc, setup, execute, kernel, event_record,
-/// event_wait, event_timeout.
+/// Lets `skip` calls pass and the `times` after them fail. Faults: malloc, setup, execute, kernel,
+/// event_record, event_wait, event_timeout.
 void ascend_host_inject(const char* fault, int64_t skip, int64_t times) {
   const std::lock_guard lock(control().mutex);
   control().faults[fault] = {skip, times};

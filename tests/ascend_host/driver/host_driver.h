@@ -12,7 +12,8 @@
 /// A stream is a thread with a queue: what is put on it runs later, in order, and beside the other streams.
 namespace ascend_host {
 
-/// A piece of device work. A code other than 0 puts the stream into an error that the next synchronisation returns.
+/// A piece of device work. A code other than 0 puts the stream into an error that the next synchronisation
+/// returns.
 using Task = std::function<aclError()>;
 
 /// Puts `task` at the end of a stream's queue.

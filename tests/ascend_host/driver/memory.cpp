@@ -1,4 +1,5 @@
-// Device memory on the host. Fresh memory and freed memory are full of 0xff: NaN as a float, -1 as an integer.
+// Device memory on the host. Fresh memory and freed memory are full of 0xff: NaN as a float, -1 as an
+// integer.
 
 #include <cstdlib>
 #include <cstring>
@@ -17,7 +18,7 @@ constexpr int kPoison = 0xff;
 
 struct Memory {
   std::mutex mutex;
-  std::map<uintptr_t, size_t> live;                // start -> bytes
+  std::map<uintptr_t, size_t> live;                 // start -> bytes
   std::deque<std::pair<void*, size_t>> quarantine;  // freed, poisoned, not yet given back to the system
   size_t live_bytes = 0;
   size_t quarantine_bytes = 0;
@@ -57,9 +58,13 @@ bool ascend_host::is_device_memory(const void* data, size_t bytes) {
 
 extern "C" {
 
-aclError aclrtMalloc(void** data, size_t bytes, aclrtMemMallocPolicy) { return allocate(data, bytes); }
+aclError aclrtMalloc(void** data, size_t bytes, aclrtMemMallocPolicy) {
+  return allocate(data, bytes);
+}
 
-aclError aclrtMallocAlign32(void** data, size_t bytes, aclrtMemMallocPolicy) { return allocate(data, bytes); }
+aclError aclrtMallocAlign32(void** data, size_t bytes, aclrtMemMallocPolicy) {
+  return allocate(data, bytes);
+}
 
 aclError aclrtFree(void* data) {
   Memory& all = memory();

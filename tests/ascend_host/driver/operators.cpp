@@ -1,5 +1,6 @@
-// The one single operator that torch_npu is let run here: "Identity", by which npu_format_cast moves a matrix between
-// its plain layout (ND) and 16 x 16 tiles (FRACTAL_NZ). Every other operator fails, as without the vendor's library.
+// The one single operator that torch_npu is let run here: "Identity", by which npu_format_cast moves a matrix
+// between its plain layout (ND) and 16 x 16 tiles (FRACTAL_NZ). Every other operator fails, as without the
+// vendor's library.
 
 #include <acl/acl_op_compiler.h>
 
@@ -69,7 +70,9 @@ aclTensorDesc* aclCreateTensorDesc(aclDataType dtype, int rank, const int64_t* d
   return new aclTensorDesc{dtype, {dims, dims + rank}, format};
 }
 
-void aclDestroyTensorDesc(const aclTensorDesc* desc) { delete desc; }
+void aclDestroyTensorDesc(const aclTensorDesc* desc) {
+  delete desc;
+}
 
 aclError aclSetTensorFormat(aclTensorDesc* desc, aclFormat format) {
   desc->format = format;
@@ -77,20 +80,30 @@ aclError aclSetTensorFormat(aclTensorDesc* desc, aclFormat format) {
 }
 
 // The storage shape follows from the dims and the format.
-aclError aclSetTensorShape(aclTensorDesc*, int, const int64_t*) { return ACL_SUCCESS; }
+aclError aclSetTensorShape(aclTensorDesc*, int, const int64_t*) {
+  return ACL_SUCCESS;
+}
 
-aclFormat aclGetTensorDescFormat(const aclTensorDesc* desc) { return desc->format; }
+aclFormat aclGetTensorDescFormat(const aclTensorDesc* desc) {
+  return desc->format;
+}
 
-aclDataType aclGetTensorDescType(const aclTensorDesc* desc) { return desc->dtype; }
+aclDataType aclGetTensorDescType(const aclTensorDesc* desc) {
+  return desc->dtype;
+}
 
-size_t aclGetTensorDescNumDims(const aclTensorDesc* desc) { return desc->dims.size(); }
+size_t aclGetTensorDescNumDims(const aclTensorDesc* desc) {
+  return desc->dims.size();
+}
 
 aclError aclGetTensorDescDimV2(const aclTensorDesc* desc, size_t index, int64_t* size) {
   *size = desc->dims[index];
   return ACL_SUCCESS;
 }
 
-aclDataBuffer* aclCreateDataBuffer(void* data, size_t bytes) { return new aclDataBuffer{data, bytes}; }
+aclDataBuffer* aclCreateDataBuffer(void* data, size_t bytes) {
+  return new aclDataBuffer{data, bytes};
+}
 
 aclError aclDestroyDataBuffer(const aclDataBuffer* buffer) {
   delete buffer;
@@ -99,9 +112,9 @@ aclError aclDestroyDataBuffer(const aclDataBuffer* buffer) {
 
 aclError aclopCompileAndExecute(const char* name, int inputs, const aclTensorDesc* const input_descs[],
                                 const aclDataBuffer* const input_buffers[], int outputs,
-                                const aclTensorDesc* const output_descs[], aclDataBuffer* const output_buffers[],
-                                const aclopAttr*, aclopEngineType, aclopCompileType, const char*,
-                                aclrtStream stream) {
+                                const aclTensorDesc* const output_descs[],
+                                aclDataBuffer* const output_buffers[], const aclopAttr*, aclopEngineType,
+                                aclopCompileType, const char*, aclrtStream stream) {
   if (std::strcmp(name, "Identity") != 0 || inputs != 1 || outputs != 1 || input_descs[0]->dims.size() < 2) {
     ascend_host::set_message(std::string("the stand-in driver has no operator ") + name);
     return ACL_ERROR_OP_NOT_FOUND;

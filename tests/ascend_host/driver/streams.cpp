@@ -113,11 +113,14 @@ Stream& stream_of(aclrtStream handle) {
   return *fallback;
 }
 
-const Event& event_of(aclrtEvent handle) { return *static_cast<Event*>(handle); }
+const Event& event_of(aclrtEvent handle) {
+  return *static_cast<Event*>(handle);
+}
 
 aclError wait_for(EventState& event, uint64_t record) {
   std::unique_lock lock(event.mutex);
-  const bool reached = event.changed.wait_for(lock, kEventPatience, [&] { return event.completed >= record; });
+  const bool reached =
+      event.changed.wait_for(lock, kEventPatience, [&] { return event.completed >= record; });
   return reached ? ACL_SUCCESS : ACL_ERROR_RT_EVENT_SYNC_TIMEOUT;
 }
 
@@ -137,7 +140,9 @@ aclError synchronize_all() {
 
 }  // namespace
 
-void ascend_host::enqueue(aclrtStream stream, Task task) { stream_of(stream).push(std::move(task)); }
+void ascend_host::enqueue(aclrtStream stream, Task task) {
+  stream_of(stream).push(std::move(task));
+}
 
 extern "C" {
 
@@ -146,7 +151,9 @@ aclError aclrtCreateStream(aclrtStream* stream) {
   return ACL_SUCCESS;
 }
 
-aclError aclrtCreateStreamWithConfig(aclrtStream* stream, uint32_t, uint32_t) { return aclrtCreateStream(stream); }
+aclError aclrtCreateStreamWithConfig(aclrtStream* stream, uint32_t, uint32_t) {
+  return aclrtCreateStream(stream);
+}
 
 aclError aclrtDestroyStream(aclrtStream handle) {
   auto* stream = static_cast<Stream*>(handle);
@@ -158,15 +165,25 @@ aclError aclrtDestroyStream(aclrtStream handle) {
   return ACL_SUCCESS;
 }
 
-aclError aclrtDestroyStreamForce(aclrtStream handle) { return aclrtDestroyStream(handle); }
+aclError aclrtDestroyStreamForce(aclrtStream handle) {
+  return aclrtDestroyStream(handle);
+}
 
-aclError aclrtSynchronizeStream(aclrtStream stream) { return stream_of(stream).synchronize(); }
+aclError aclrtSynchronizeStream(aclrtStream stream) {
+  return stream_of(stream).synchronize();
+}
 
-aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t) { return stream_of(stream).synchronize(); }
+aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t) {
+  return stream_of(stream).synchronize();
+}
 
-aclError aclrtSynchronizeDevice() { return synchronize_all(); }
+aclError aclrtSynchronizeDevice() {
+  return synchronize_all();
+}
 
-aclError aclrtSynchronizeDeviceWithTimeout(int32_t) { return synchronize_all(); }
+aclError aclrtSynchronizeDeviceWithTimeout(int32_t) {
+  return synchronize_all();
+}
 
 aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus* status) {
   *status = stream_of(stream).idle() ? ACL_STREAM_STATUS_COMPLETE : ACL_STREAM_STATUS_NOT_READY;
@@ -218,7 +235,9 @@ aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent handle) {
   return ACL_SUCCESS;
 }
 
-aclError aclrtResetEvent(aclrtEvent, aclrtStream) { return ACL_SUCCESS; }
+aclError aclrtResetEvent(aclrtEvent, aclrtStream) {
+  return ACL_SUCCESS;
+}
 
 aclError aclrtSynchronizeEvent(aclrtEvent handle) {
   const Event event = event_of(handle);
