@@ -16,6 +16,9 @@ const Environment& environment() {
   static const Environment instance{
       .trace = read("MODELTORCH_TRACE") == "1",
       .cpu_level = read("MODELTORCH_CPU_LEVEL"),
+      .execute_async = read("ATB_OPERATION_EXECUTE_ASYNC"),
+      .launch_blocking = read("ASCEND_LAUNCH_BLOCKING") == "1",
+      .task_queue = read("TASK_QUEUE_ENABLE") != "0",
   };
   return instance;
 }

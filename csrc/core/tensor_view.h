@@ -37,11 +37,18 @@ struct TensorDesc {
   }
 };
 
-/// A contiguous row-major tensor in memory that somebody else owns.
+/// How the elements of a tensor lie in memory.
+enum class Format : uint8_t {
+  kPlain,      ///< row-major
+  kFractalNz,  ///< Ascend: the last two dimensions in tiles of 16 rows by 32 bytes, a column of tiles after the other
+};
+
+/// A contiguous tensor in memory that somebody else owns.
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
   Dims dims;
+  Format format = Format::kPlain;
 
   template <class T>
   T* as() const {

@@ -18,10 +18,6 @@ const TensorView& external_view(const ValueInfo& info, const Bindings& bindings)
   return all[info.slot];
 }
 
-[[noreturn]] void rethrow_at(const Node& node, const Error& error) {
-  fail(error.kind(), "node ", node.name, " (", node.operation->name(), "): ", error.what());
-}
-
 }  // namespace
 
 int64_t bucket_size(int64_t count) {
@@ -29,6 +25,10 @@ int64_t bucket_size(int64_t count) {
   if (count <= kStep)
     return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(count, 1))));
   return (count + kStep - 1) / kStep * kStep;
+}
+
+void Plan::rethrow_at(const Node& node, const Error& error) {
+  fail(error.kind(), "node ", node.name, " (", node.operation->name(), "): ", error.what());
 }
 
 Plan::Plan(const Graph& graph, const Bucket& bucket, const Bindings& bindings,
@@ -143,22 +143,16 @@ KernelArgs Plan::args_of(const NodeRun& node, const NodeLaunch& launch) const {
 }
 
 void Plan::prepare_node(size_t index, const NodeLaunch& launch) {
-  try {
-    runs_[index].kernel->prepare(args_of(runs_[index], launch));
-  } catch (const Error& error) {
-    rethrow_at(graph_.nodes[index], error);
-  }
+  name_errors(index, [&] { runs_[index].kernel->prepare(args_of(runs_[index], launch)); });
 }
 
 void Plan::run_node(size_t index, const NodeLaunch& launch) {
-  NodeRun& node = runs_[index];
-  try {
+  name_errors(index, [&] {
+    NodeRun& node = runs_[index];
     if (!launch.traced) return node.kernel->run(args_of(node, launch));
     const NodeSpan span({graph_.nodes[index].name, node.inputs, node.outputs});
     node.kernel->run(args_of(node, launch));
-  } catch (const Error& error) {
-    rethrow_at(graph_.nodes[index], error);
-  }
+  });
 }
 
 std::string Plan::describe() const {

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "core/check.h"
 #include "core/device.h"
 #include "graph/graph.h"
 #include "graph/kernel.h"
@@ -76,6 +77,16 @@ class Plan {
   /// Runs a node. Throws Error naming the node.
   void run_node(size_t index, const NodeLaunch& launch);
 
+  /// Runs `body`; an Error that it throws leaves with the name of the node.
+  template <class Body>
+  void name_errors(size_t index, Body&& body) const {
+    try {
+      body();
+    } catch (const Error& error) {
+      rethrow_at(graph_.nodes[index], error);
+    }
+  }
+
   /// Nodes with shapes, and the arena with offsets, as text.
   std::string describe() const;
 
@@ -91,6 +102,7 @@ class Plan {
   void set_up_kernels(DeviceSession& session);
   void plan_arena(size_t alignment);
   void place_in_arena(std::byte* arena);
+  [[noreturn]] static void rethrow_at(const Node& node, const Error& error);
   KernelArgs args_of(const NodeRun& node, const NodeLaunch& launch) const;
 
   const Graph& graph_;

@@ -33,6 +33,11 @@ void GraphRunner::bind_weights(std::vector<TensorView> weights) {
   ++version_;
 }
 
+void GraphRunner::set_weight_format(size_t slot, Format format) {
+  weights_[slot].format = format;
+  ++version_;
+}
+
 void GraphRunner::bind_caches(std::vector<TensorView> caches) {
   const bool same = std::equal(
       caches.begin(), caches.end(), caches_.begin(), caches_.end(),

@@ -47,6 +47,9 @@ class GraphRunner {
   /// Replaces the weights: plans are dropped, since kernels may depend on them.
   void bind_weights(std::vector<TensorView> weights);
 
+  /// Says that a weight lies in memory in another format than its tensor told.
+  void set_weight_format(size_t slot, Format format);
+
   /// Replaces the caches; plans stay if no shape or dtype changed.
   void bind_caches(std::vector<TensorView> caches);
 

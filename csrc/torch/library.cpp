@@ -17,6 +17,7 @@ TORCH_LIBRARY(ModelTorch, library) {
       .def("set_param", &ModelObject::set_param)
       .def("set_weight", &ModelObject::set_weight)
       .def("set_kv_cache", &ModelObject::set_kv_cache)
+      .def("set_format_to_nz", &ModelObject::set_format_to_nz)
       .def("execute", &ModelObject::execute)
       .def("execute_out", &ModelObject::execute_out)
       .def("graph", &ModelObject::graph)

@@ -1,6 +1,7 @@
 #include "torch/model_object.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <nlohmann/json.hpp>
 
@@ -45,8 +46,22 @@ Model& ModelObject::model() {
   return *state_.model;
 }
 
+// Where launches of the last step are still under way, waits until the host has made them; their error comes here.
+void ModelObject::settle() {
+  if (!state_.runner || !state_.runner->pending()) return;
+  const std::vector<at::Tensor> until_settled = std::move(state_.in_flight);
+  state_.in_flight.clear();
+  state_.runner->settle();
+}
+
+void ModelObject::keep_in_flight(const std::vector<at::Tensor>& tensors) {
+  if (!state_.runner->pending()) return;
+  state_.in_flight.insert(state_.in_flight.end(), tensors.begin(), tensors.end());
+}
+
 int64_t ModelObject::set_param(const std::string& parameters) {
   return guarded("set_param", [&]() -> int64_t {
+    settle();
     State fresh;
     fresh.model = make_model(model_name_, parameters);
     state_ = std::move(fresh);
@@ -57,6 +72,7 @@ int64_t ModelObject::set_param(const std::string& parameters) {
 
 int64_t ModelObject::set_weight(const std::vector<at::Tensor>& weights) {
   return guarded("set_weight", [&]() -> int64_t {
+    settle();
     Model& target = model();
     check(static_cast<int64_t>(weights.size()) == target.weight_count(), "the weight list must have ",
           target.weight_count(), " tensors, got ", weights.size());
@@ -68,6 +84,7 @@ int64_t ModelObject::set_weight(const std::vector<at::Tensor>& weights) {
     }
     const std::vector<GivenTensor> given = describe(held);
     target.accept_weights(given);
+    const c10::DeviceGuard on_device(torch_device_of(target.device()));
     state_.runner = std::make_unique<GraphRunner>(target.build_graph(), target.input_rows(), target.device());
     state_.runner->bind_weights(views_of(given));
     state_.arena = std::make_unique<TensorArena>(target.device());
@@ -81,6 +98,7 @@ int64_t ModelObject::set_weight(const std::vector<at::Tensor>& weights) {
 int64_t ModelObject::set_kv_cache(const std::vector<at::Tensor>& keys,
                                   const std::vector<at::Tensor>& values) {
   return guarded("set_kv_cache", [&]() -> int64_t {
+    settle();
     Model& target = model();
     const auto expected = static_cast<size_t>(target.cache_count());
     check(keys.size() == expected && values.size() == expected, "set_kv_cache takes ", expected, " key and ",
@@ -115,17 +133,20 @@ Step ModelObject::prepare(const std::vector<at::Tensor>& inputs, const std::stri
 
 void ModelObject::run(const Step& step, const std::vector<at::Tensor>& outputs) {
   const std::vector<TensorView> views = views_of(describe(outputs));
+  const c10::DeviceGuard on_device(torch_device_of(model().device()));
   state_.runner->run(step.inputs, views, step.info, *state_.arena);
 }
 
 std::vector<at::Tensor> ModelObject::execute(const std::vector<at::Tensor>& inputs,
                                              const std::string& parameters) {
   return guarded("execute", [&] {
+    settle();
     const Step step = prepare(inputs, parameters);
     std::vector<at::Tensor> outputs;
     for (const TensorDesc& desc : model().output_descs(step.info))
       outputs.push_back(make_tensor(desc, model().device()));
     run(step, outputs);
+    keep_in_flight(inputs);  // not the outputs: fresh memory is reused in the order of its stream alone
     return outputs;
   });
 }
@@ -133,6 +154,7 @@ std::vector<at::Tensor> ModelObject::execute(const std::vector<at::Tensor>& inpu
 int64_t ModelObject::execute_out(const std::vector<at::Tensor>& inputs,
                                  const std::vector<at::Tensor>& outputs, const std::string& parameters) {
   return guarded("execute_out", [&]() -> int64_t {
+    settle();
     const Step step = prepare(inputs, parameters);
     const std::vector<TensorDesc> expected = model().output_descs(step.info);
     check(outputs.size() == expected.size(), "execute_out takes ", expected.size(), " output tensors, got ",
@@ -144,6 +166,22 @@ int64_t ModelObject::execute_out(const std::vector<at::Tensor>& inputs,
       check_place(given, concat("output ", index), model().device(), "");
     }
     run(step, outputs);
+    keep_in_flight(inputs);
+    keep_in_flight(outputs);
+    return 0;
+  });
+}
+
+int64_t ModelObject::set_format_to_nz(int64_t slot) {
+  return guarded("set_format_to_nz", [&]() -> int64_t {
+    settle();
+    const Model& target = model();
+    if (!state_.runner) fail(ErrorKind::kRuntime, "set_weight must come before set_format_to_nz");
+    check(slot >= 0 && slot < target.weight_count(), "the slot must be in [0, ", target.weight_count(), "), got ", slot);
+    if (target.device().type != DeviceType::kNpu) {
+      fail(ErrorKind::kNotImplemented, "only weights on Ascend have formats, these are on ", target.device());
+    }
+    state_.runner->set_weight_format(static_cast<size_t>(slot), Format::kFractalNz);
     return 0;
   });
 }

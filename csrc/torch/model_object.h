@@ -44,6 +44,9 @@ class ModelObject final : public torch::CustomClassHolder {
   /// The nodes, tensors, shapes and memory plan of the last step, as text.
   std::string graph();
 
+  /// Says that the weight in this slot, a matrix on Ascend, lies in FRACTAL_NZ tiles. Converts nothing.
+  int64_t set_format_to_nz(int64_t slot);
+
   /// What the object has done: executions, plans, plans_built, plans_evicted, shape_inferences,
   /// kernel_setups, arena_allocations, arena_bytes.
   c10::Dict<std::string, int64_t> counters();
@@ -61,17 +64,20 @@ class ModelObject final : public torch::CustomClassHolder {
     std::vector<at::Tensor> weights;
     std::vector<at::Tensor> keys;
     std::vector<at::Tensor> values;
-    std::unique_ptr<GraphRunner> runner;
     std::unique_ptr<TensorArena> arena;
+    std::vector<at::Tensor> in_flight;    ///< what launches that are still under way read and write
+    std::unique_ptr<GraphRunner> runner;  ///< last: it settles before what it uses goes away
   };
 
   template <class Body>
   auto guarded(const char* method, Body&& body);
 
   Model& model();
+  void settle();
   void bind_caches();
   Step prepare(const std::vector<at::Tensor>& inputs, const std::string& parameters);
   void run(const Step& step, const std::vector<at::Tensor>& outputs);
+  void keep_in_flight(const std::vector<at::Tensor>& tensors);
 
   const std::string model_name_;
   std::mutex mutex_;

@@ -53,6 +53,7 @@ std::vector<at::Tensor> OperationObject::run(const std::vector<at::Tensor>& inpu
     std::vector<at::Tensor> outputs;
     for (const TensorDesc& desc : output_descs_) outputs.push_back(make_tensor(desc, device_));
     runner_->run(views_of(given), views_of(describe(outputs)), StepInfo{}, *arena_);
+    runner_->settle();
     return outputs;
   });
 }

@@ -1,6 +1,9 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/Stream.h>
+
+#include <optional>
 
 #include "core/device.h"
 #include "graph/runner.h"
@@ -18,10 +21,13 @@ class TensorArena final : public Arena {
   int64_t allocations() const { return allocations_; }
 
  private:
+  void tell_stream();
+
   Device device_;
   at::Tensor memory_;
   size_t bytes_ = 0;
   int64_t allocations_ = 0;
+  std::optional<c10::Stream> stream_;  ///< the last one that the allocator knows to use the memory
 };
 
 }  // namespace modeltorch

@@ -52,13 +52,17 @@ Device device_of(const at::Device& device) {
   return {device.is_meta() ? DeviceType::kMeta : DeviceType::kOther, 0};
 }
 
+Format (*installed_format_reader)(const at::Tensor& tensor) = nullptr;
+
+}  // namespace
+
+void set_format_reader(Format (*reader)(const at::Tensor& tensor)) { installed_format_reader = reader; }
+
 at::Device torch_device_of(Device device) {
   if (device.type == DeviceType::kCpu) return at::kCPU;
   const at::DeviceType type = device.type == DeviceType::kCuda ? at::kCUDA : at::kPrivateUse1;
   return {type, static_cast<at::DeviceIndex>(device.index)};
 }
-
-}  // namespace
 
 GivenTensor describe(const at::Tensor& tensor) {
   check(tensor.defined(), "expected a tensor, got an undefined one");
@@ -76,6 +80,9 @@ GivenTensor describe(const at::Tensor& tensor) {
   given.layout = is_plain ? Layout::kContiguous : Layout::kStrided;
   const bool has_memory = given.device.type != DeviceType::kMeta && given.device.type != DeviceType::kOther;
   if (has_memory) given.view.data = tensor.data_ptr();
+  if (given.device.type == DeviceType::kNpu && installed_format_reader != nullptr) {
+    given.view.format = installed_format_reader(tensor);
+  }
   return given;
 }
 

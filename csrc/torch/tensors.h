@@ -9,12 +9,17 @@
 
 namespace modeltorch {
 
+at::Device torch_device_of(Device device);
+
 /// The description of a caller's tensor. The tensor keeps owning its memory.
 GivenTensor describe(const at::Tensor& tensor);
 std::vector<GivenTensor> describe(const std::vector<at::Tensor>& tensors);
 
 /// What kernels see of described tensors.
 std::vector<TensorView> views_of(const std::vector<GivenTensor>& given);
+
+/// Installs what tells how a tensor on Ascend lies in memory. Called once, at load, by builds that know Ascend.
+void set_format_reader(Format (*reader)(const at::Tensor& tensor));
 
 /// A fresh tensor, uninitialised.
 at::Tensor make_tensor(const TensorDesc& desc, Device device);

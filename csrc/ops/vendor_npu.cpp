@@ -1,0 +1,128 @@
+#include "ops/vendor_npu.h"
+
+#include <atb/utils.h>
+
+#include <string>
+
+namespace modeltorch {
+namespace {
+
+// What the device's copies need of an address.
+constexpr uintptr_t kAddressAlignment = 32;
+
+aclDataType vendor_dtype(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return ACL_FLOAT16;
+    case DType::kBFloat16:
+      return ACL_BF16;
+    case DType::kFloat32:
+      return ACL_FLOAT;
+    case DType::kInt32:
+      return ACL_INT32;
+    case DType::kInt64:
+      return ACL_INT64;
+    default:
+      fail(ErrorKind::kNotImplemented, "the vendor's operations are not given ", dtype);
+  }
+}
+
+// The element type that an operation computes in: that of its first output, or of its first input if it has none.
+DType compute_dtype(const KernelSetup& setup, const NpuSession& session) {
+  const DType dtype = setup.outputs.empty() ? setup.inputs[0].dtype : setup.outputs[0].dtype;
+  if (dtype != DType::kFloat16 && dtype != DType::kBFloat16) {
+    fail(ErrorKind::kNotImplemented, "Ascend computes in float16 or bfloat16, got ", dtype);
+  }
+  if (dtype == DType::kBFloat16 && session.is_first_generation()) {
+    fail(ErrorKind::kNotImplemented, "this Ascend chip has no bfloat16: load the model as float16");
+  }
+  return dtype;
+}
+
+bool has_empty_tensor(const KernelArgs& args) {
+  for (const TensorView* view : args.inputs) {
+    if (view->dims.count() == 0) return true;
+  }
+  for (const TensorView* view : args.outputs) {
+    if (view->dims.count() == 0) return true;
+  }
+  return false;
+}
+
+void check_vendor(int64_t status, const atb::Operation& operation, const char* call) {
+  if (status == 0) return;
+  const char* message = aclGetRecentErrMsg();
+  fail(ErrorKind::kRuntime, operation.GetName(), ": the vendor's ", call, " returned ", status,
+       message == nullptr || *message == 0 ? "" : ": ", message == nullptr ? "" : message);
+}
+
+}  // namespace
+
+NpuKernel::NpuKernel(const KernelSetup& setup)
+    : session_(dynamic_cast<NpuSession&>(*setup.session)), dtype_(compute_dtype(setup, session_)) {}
+
+void NpuKernel::prepare(const KernelArgs& args) {
+  empty_ = has_empty_tensor(args);
+  if (empty_) return;
+  bind(args);
+  for (Call& call : calls_) {
+    call.workspace_bytes = 0;
+    const int64_t status = call.operation->Setup(call.tensors, call.workspace_bytes, session_.context());
+    check_vendor(status, *call.operation, "Setup");
+    call.workspace = call.workspace_bytes == 0 ? nullptr : session_.workspace(call.workspace_bytes);
+  }
+}
+
+void NpuKernel::run(const KernelArgs&) {
+  if (empty_) return;
+  for (Call& call : calls_) {
+    const int64_t status =
+        call.operation->Execute(call.tensors, call.workspace, call.workspace_bytes, session_.context());
+    check_vendor(status, *call.operation, "Execute");
+  }
+}
+
+void NpuKernel::set(size_t call, std::initializer_list<atb::Tensor> inputs,
+                    std::initializer_list<atb::Tensor> outputs) {
+  atb::VariantPack tensors;
+  for (const atb::Tensor& tensor : inputs) tensors.inTensors.push_back(tensor);
+  for (const atb::Tensor& tensor : outputs) tensors.outTensors.push_back(tensor);
+  calls_[call].tensors = tensors;
+}
+
+atb::Tensor vendor_tensor(const TensorView& view, const Dims& dims) {
+  check(reinterpret_cast<uintptr_t>(view.data) % kAddressAlignment == 0, "tensor ", view, " must begin at a multiple of ",
+        kAddressAlignment, " bytes: pass a copy instead of a slice");
+  atb::Tensor tensor;
+  tensor.desc.dtype = vendor_dtype(view.dtype);
+  tensor.desc.format = view.format == Format::kFractalNz ? ACL_FORMAT_FRACTAL_NZ : ACL_FORMAT_ND;
+  tensor.desc.shape.dimNum = static_cast<uint64_t>(dims.rank());
+  for (int axis = 0; axis < dims.rank(); ++axis) tensor.desc.shape.dims[axis] = dims[axis];
+  tensor.deviceData = view.data;
+  tensor.dataSize = atb::Utils::GetTensorSize(tensor);
+  return tensor;
+}
+
+atb::Tensor vendor_tensor(const TensorView& view) { return vendor_tensor(view, view.dims); }
+
+atb::Tensor vendor_cache(const TensorView& view, const NpuSession& session) {
+  if (!session.is_first_generation()) return vendor_tensor(view);
+  constexpr int64_t kTile = 16;
+  const int64_t row = view.dims[2] * view.dims[3];
+  check(row % kTile == 0, "on this Ascend chip kv_heads * head_size must be a multiple of ", kTile, ", got a cache ", view);
+  TensorView tiled = view;
+  tiled.format = Format::kFractalNz;
+  return vendor_tensor(tiled, {view.dims[0], row / kTile, view.dims[1], kTile});
+}
+
+atb::Tensor vendor_lengths(const TensorView& view, const KernelArgs& args) {
+  const std::vector<int32_t>& lengths = args.step->sequence_lengths;
+  if (static_cast<int64_t>(lengths.size()) != view.dims[0]) {
+    fail(ErrorKind::kNotImplemented, "attention on Ascend needs the sequence lengths on the host, as execute gets them");
+  }
+  atb::Tensor tensor = vendor_tensor(view);
+  tensor.hostData = const_cast<int32_t*>(lengths.data());
+  return tensor;
+}
+
+}  // namespace modeltorch
