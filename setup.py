@@ -92,10 +92,10 @@ def library() -> Extension:
     return Extension(
         "modeltorch.libmodeltorch",
         sources=sources(),
-        include_dirs=include + cpp_extension.include_paths() + ascend_include,
+        include_dirs=include + cpp_extension.include_paths(),
         library_dirs=cpp_extension.library_paths() + ascend_libraries,
         libraries=["c10", "torch", "torch_cpu", *(["torch_npu", "atb", "ascendcl"] if ASCEND else [])],
-        extra_compile_args={"cxx": compile_flags()},
+        extra_compile_args={"cxx": compile_flags() + [f"-isystem{path}" for path in ascend_include]},
         extra_link_args=[
             "-fopenmp",
             "-Wl,--no-undefined",

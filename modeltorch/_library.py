@@ -43,6 +43,18 @@ def library_path() -> Path:
     return path
 
 
+def _load(path: Path) -> None:
+    """Loads the library; one that was built for Ascend needs torch_npu before it."""
+    try:
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        if "libtorch_npu" not in str(error):
+            raise
+        import torch_npu  # noqa: F401  its libraries are what was missing
+
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+
+
 def load() -> None:
     """Registers torch.classes.ModelTorch; does nothing if it is registered already.
 
@@ -51,7 +63,7 @@ def load() -> None:
     """
     path = library_path()
     try:
-        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+        _load(path)
     except OSError as error:
         raise ImportError(
             f"modeltorch could not load {path.name}: {error}. It was most likely built against another build of torch "
