@@ -159,18 +159,20 @@ class Runner:
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
         shape = (self.blocks, self.block_size, self.shape.kv_heads, self.shape.head_size)
-        self.caches = [torch.full(shape, float("nan"), dtype=self.dtype) for _ in range(2 * self.shape.layers)]
+        nan = torch.full(shape, float("nan"), dtype=self.dtype)
+        self.caches = [nan.clone().to(self.device) for _ in range(2 * self.shape.layers)]
         self.free = torch.randperm(self.blocks, generator=self.generator).tolist()
         self.tokens: list[list[int]] = []
         self.tables_of: list[list[int]] = []
-        self.cos, self.sin = tables(self.shape, self.dtype)
-        self.one = torch.ones(1, dtype=self.dtype)
+        self.cos, self.sin = (table.to(self.device) for table in tables(self.shape, self.dtype))
+        self.one = torch.ones(1, dtype=self.dtype).to(self.device)
         self.encoder, self.decoder = (self._object(is_prefill) for is_prefill in (True, False))
 
     def _object(self, is_prefill: bool) -> torch.ScriptObject:
         made = torch.classes.ModelTorch.ModelTorch(self.layout.model_name)
         made.set_param(json.dumps(parameters(self.shape, self.layout, self.dtype, is_prefill)))
-        made.set_weight(weight_list(json.loads(made.weight_spec()), self.model, self.layout, self.dtype))
+        weights = weight_list(json.loads(made.weight_spec()), self.model, self.layout, self.dtype)
+        made.set_weight([weight.to(self.device) for weight in weights])
         made.set_kv_cache(self.caches[0::2], self.caches[1::2])
         return made
 
@@ -207,7 +209,8 @@ class Runner:
             self.one,
         ]
         tail = [torch.tensor(lengths, dtype=torch.int32), indices]
-        return [*head, self.one, *tail] if self.layout.is_current else [*head, *tail, self.one]
+        every = [*head, self.one, *tail] if self.layout.is_current else [*head, *tail, self.one]
+        return [tensor.to(self.device) for tensor in every]
 
     def prefill_inputs(self, prompts: list[list[int]], indices: list[int] | None = None) -> tuple[list, str]:
         """Adds the prompts as new sequences; returns what execute takes. indices None asks for every row."""
@@ -223,7 +226,7 @@ class Runner:
         return self.inputs(ids, positions, slots, block_tables, lengths, rows), json.dumps({"seqLen": lengths})
 
     def prefill(self, prompts: list[list[int]], indices: list[int] | None = None) -> torch.Tensor:
-        return self.encoder.execute(*self.prefill_inputs(prompts, indices))[0]
+        return self.encoder.execute(*self.prefill_inputs(prompts, indices))[0].cpu()
 
     def decode_inputs(self, new_tokens: dict[int, int]) -> tuple[list, str]:
         """Appends a token to each of the given sequences; returns what execute takes."""
@@ -243,7 +246,7 @@ class Runner:
         return inputs, json.dumps({"seqLen": lengths})
 
     def decode(self, new_tokens: dict[int, int]) -> torch.Tensor:
-        return self.decoder.execute(*self.decode_inputs(new_tokens))[0]
+        return self.decoder.execute(*self.decode_inputs(new_tokens))[0].cpu()
 
 
 def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:

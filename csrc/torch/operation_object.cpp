@@ -18,6 +18,22 @@ OperationObject::OperationObject(const std::string& name, const c10::Dict<std::s
                    [&] { operation_ = make_operation(name, OperationParameters(std::move(values))); });
 }
 
+namespace {
+
+// An operation alone has no parameters of a step, yet kernels of some devices read the sequence lengths on the host:
+// they are the last input of every operation that has them, int32 [B].
+StepInfo step_of(const std::vector<at::Tensor>& inputs) {
+  StepInfo step;
+  const at::Tensor& last = inputs.back();
+  if (last.is_cpu() || last.dim() != 1 || last.scalar_type() != at::kInt) return step;
+  const at::Tensor lengths = last.cpu();
+  const auto* values = static_cast<const int32_t*>(lengths.const_data_ptr());
+  step.sequence_lengths.assign(values, values + lengths.numel());
+  return step;
+}
+
+}  // namespace
+
 void OperationObject::prepare(const std::vector<GivenTensor>& inputs) {
   check(!inputs.empty(), "expected at least one input, got none");
   std::vector<TensorDesc> descs;
@@ -52,7 +68,7 @@ std::vector<at::Tensor> OperationObject::run(const std::vector<at::Tensor>& inpu
     prepare(given);
     std::vector<at::Tensor> outputs;
     for (const TensorDesc& desc : output_descs_) outputs.push_back(make_tensor(desc, device_));
-    runner_->run(views_of(given), views_of(describe(outputs)), StepInfo{}, *arena_);
+    runner_->run(views_of(given), views_of(describe(outputs)), step_of(inputs), *arena_);
     runner_->settle();
     return outputs;
   });

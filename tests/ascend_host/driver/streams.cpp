@@ -195,6 +195,8 @@ aclError aclrtCreateEventExWithFlag(aclrtEvent* event, uint32_t) {
   return ACL_SUCCESS;
 }
 
+aclError aclrtCreateEventWithFlag(aclrtEvent* event, uint32_t flag) { return aclrtCreateEventExWithFlag(event, flag); }
+
 aclError aclrtDestroyEvent(aclrtEvent event) {
   delete static_cast<Event*>(event);
   return ACL_SUCCESS;
