@@ -1,5 +1,6 @@
 #include "device/npu.h"
 
+#include <algorithm>
 #include <array>
 #include <string>
 #include <utility>
@@ -15,6 +16,7 @@ NpuHost installed_host;
 
 constexpr int64_t kMaskSize = 128;
 constexpr int64_t kTileColumns = 16;
+constexpr size_t kMaxPipelinedPlans = 256;
 
 NpuLaunchMode chosen_mode() {
   const Environment& env = environment();
@@ -29,23 +31,31 @@ NpuLaunchMode chosen_mode() {
 bool is_first_generation_chip() {
   const char* name = aclrtGetSocName();
   const std::string chip = name == nullptr ? "" : name;
-  for (const char* first : {"Ascend910PremiumA", "Ascend910ProA", "Ascend910A", "Ascend910ProB", "Ascend910B"}) {
+  for (const char* first :
+       {"Ascend910PremiumA", "Ascend910ProA", "Ascend910A", "Ascend910ProB", "Ascend910B"}) {
     if (chip == first) return true;
   }
   return chip.starts_with("Ascend310P");
 }
 
 // Room to grow, so that the small differences between the steps of a bucket do not allocate.
-size_t with_margin(size_t bytes) { return (bytes + bytes / 4 + 4095) / 4096 * 4096; }
+size_t with_margin(size_t bytes) {
+  return (bytes + bytes / 4 + 4095) / 4096 * 4096;
+}
 
 const bool registered = register_session(
-    DeviceType::kNpu, [](Device device) -> std::unique_ptr<DeviceSession> { return std::make_unique<NpuSession>(device); });
+    DeviceType::kNpu,
+    [](Device device) -> std::unique_ptr<DeviceSession> { return std::make_unique<NpuSession>(device); });
 
 }  // namespace
 
-void set_npu_host(const NpuHost& host) { installed_host = host; }
+void set_npu_host(const NpuHost& host) {
+  installed_host = host;
+}
 
-const NpuHost& npu_host() { return installed_host; }
+const NpuHost& npu_host() {
+  return installed_host;
+}
 
 void check_acl(int64_t code, const char* call) {
   if (code == ACL_SUCCESS) return;
@@ -89,17 +99,31 @@ void NpuSession::run(Plan& plan, const StepInfo& step) {
 
 void NpuSession::settle() {
   if (!launch_) return;
-  const std::shared_ptr<NpuLaunch> launch = std::exchange(launch_, nullptr);
-  const std::optional<Error> error = launch->wait();
+  const std::optional<Error> error = finish_launch();
+  if (error)
+    fail(error->kind(), "an earlier step of this object failed after its call had returned: ", error->what());
+}
+
+std::optional<Error> NpuSession::finish_launch() {
+  std::optional<Error> error = std::exchange(launch_, nullptr)->wait();
+  in_pipeline_ = false;
   outgrown_.clear();
-  if (error) fail(error->kind(), "an earlier step of this object failed after its call had returned: ", error->what());
+  if (spilled_.empty()) return error;
+  // Memory from the driver itself must not go back before the device is done with it.
+  const int64_t code = aclrtSynchronizeStream(stream_);
+  for (void* memory : spilled_) aclrtFree(memory);
+  spilled_.clear();
+  if (!error && code != ACL_SUCCESS)
+    error = Error(ErrorKind::kRuntime, concat("aclrtSynchronizeStream returned ", code));
+  return error;
 }
 
 void NpuSession::follow_current_stream() {
   const aclrtStream current = npu_host().current_stream(device().index);
   if (stream_ != nullptr && current != stream_) {
     // settle() has seen the launches of the last step, so that the event lies behind them.
-    if (switched_ == nullptr) check_acl(aclrtCreateEventExWithFlag(&switched_, ACL_EVENT_SYNC), "aclrtCreateEventExWithFlag");
+    if (switched_ == nullptr)
+      check_acl(aclrtCreateEventExWithFlag(&switched_, ACL_EVENT_SYNC), "aclrtCreateEventExWithFlag");
     check_acl(aclrtRecordEvent(switched_, stream_), "aclrtRecordEvent");
     check_acl(aclrtStreamWaitEvent(current, switched_), "aclrtStreamWaitEvent");
     workspace_.reset();  // it was allocated for work on the old stream
@@ -113,7 +137,8 @@ void NpuSession::run_inline(Plan& plan) {
   for (size_t index = 0; index < plan.node_count(); ++index) {
     plan.prepare_node(index, node_launch_);
     plan.run_node(index, node_launch_);
-    if (blocking_) plan.name_errors(index, [&] { check_acl(aclrtSynchronizeStream(stream_), "aclrtSynchronizeStream"); });
+    if (blocking_)
+      plan.name_errors(index, [&] { check_acl(aclrtSynchronizeStream(stream_), "aclrtSynchronizeStream"); });
   }
   outgrown_.clear();
 }
@@ -132,11 +157,16 @@ void NpuSession::run_queued(Plan& plan) {
 }
 
 void NpuSession::run_pipelined(Plan& plan) {
+  // The first step of a plan shows how much workspace it needs.
+  if (pipelined_plans_.size() > kMaxPipelinedPlans) pipelined_plans_.clear();
+  if (pipelined_plans_.insert(&plan).second) return run_queued(plan);
+  workspace(largest_workspace_);
   if (!worker_) {
     const int index = device().index;
     worker_ = std::make_unique<Worker>([index] { aclrtSetDevice(index); });
   }
   launch_ = std::make_shared<NpuLaunch>();
+  in_pipeline_ = true;
   worker_->post([this, &plan, stage = std::make_shared<NpuStage>(launch_)] {
     stage->run([&](NpuLaunch& launch) {
       for (size_t index = 0; index < plan.node_count(); ++index) {
@@ -154,19 +184,30 @@ void NpuSession::enqueue_launches(Plan& plan) {
       stage->run([&](NpuLaunch& launch) { launch_nodes(plan, launch); });
     });
   } catch (...) {
-    std::exchange(launch_, nullptr)->wait();  // this call reports what was thrown; nothing is left for the next
+    finish_launch();  // this call reports what was thrown; nothing is left for the next
     throw;
   }
 }
 
 uint8_t* NpuSession::workspace(size_t bytes) {
-  if (bytes > workspace_bytes_) {
-    if (workspace_) outgrown_.push_back(std::move(workspace_));
-    workspace_bytes_ = 0;
-    workspace_ = npu_host().allocate(with_margin(bytes), device().index, stream_);
-    workspace_bytes_ = with_margin(bytes);
-  }
+  largest_workspace_ = std::max(largest_workspace_, bytes);
+  if (bytes <= workspace_bytes_) return static_cast<uint8_t*>(workspace_.get());
+  if (in_pipeline_) return spill(bytes);
+  if (workspace_) outgrown_.push_back(std::move(workspace_));
+  workspace_bytes_ = 0;
+  workspace_ = npu_host().allocate(with_margin(bytes), device().index, stream_);
+  workspace_bytes_ = with_margin(bytes);
   return static_cast<uint8_t*>(workspace_.get());
+}
+
+// torch_npu's allocator, when it runs out of memory, waits for the task queue, and the task queue for this
+// very node.
+uint8_t* NpuSession::spill(size_t bytes) {
+  void* memory = nullptr;
+  check_acl(aclrtMalloc(&memory, bytes, ACL_MEM_MALLOC_HUGE_FIRST),
+            "no device memory for a workspace: aclrtMalloc");
+  spilled_.push_back(memory);
+  return static_cast<uint8_t*>(memory);
 }
 
 TensorView NpuSession::causal_mask(DType dtype) {
@@ -174,7 +215,8 @@ TensorView NpuSession::causal_mask(DType dtype) {
   const int64_t tile = first_generation_ ? kTileColumns : kMaskSize;
   NpuMemory& mask = masks_[dtype];
   if (!mask) {
-    // What the vendor's attention adds to the scores: minus infinity for fp16; for bf16 a 1, which it scales itself.
+    // What the vendor's attention adds to the scores: minus infinity for fp16; for bf16 a 1, which it scales
+    // itself.
     const uint16_t hidden = dtype == DType::kFloat16 ? 0xfc00 : 0x3f80;
     std::array<uint16_t, kMaskSize * kMaskSize> values{};
     for (int64_t row = 0; row < kMaskSize; ++row) {

@@ -12,7 +12,8 @@
 
 namespace modeltorch {
 
-/// How far the launches of one step are. Shared by the caller, the thread that sets nodes up and the task queue.
+/// How far the launches of one step are. Shared by the caller, the thread that sets nodes up and the task
+/// queue.
 class NpuLaunch {
  public:
   /// Nodes 0 to `count` - 1 are set up.
@@ -63,15 +64,18 @@ class NpuLaunch {
   std::optional<Error> error_;
 };
 
-/// One thread's part in a launch. It also ends if it goes away without having run: a task queue that has stopped
-/// drops its tasks.
+/// One thread's part in a launch. It also ends if it goes away without having run: a task queue that has
+/// stopped drops its tasks.
 class NpuStage {
  public:
-  explicit NpuStage(std::shared_ptr<NpuLaunch> launch) : launch_(std::move(launch)) { launch_->begin_stage(); }
+  explicit NpuStage(std::shared_ptr<NpuLaunch> launch) : launch_(std::move(launch)) {
+    launch_->begin_stage();
+  }
 
   ~NpuStage() {
     if (ran_) return;
-    launch_->fail(Error(ErrorKind::kRuntime, "torch_npu's task queue dropped it: an earlier error stopped the queue"));
+    launch_->fail(
+        Error(ErrorKind::kRuntime, "torch_npu's task queue dropped it: an earlier error stopped the queue"));
     launch_->end_stage();
   }
 

@@ -21,7 +21,8 @@ class ReshapeAndCacheNpu final : public NpuKernel {
   void bind(const KernelArgs& args) override {
     const atb::Tensor k_cache = vendor_cache(args.in(2), session());
     const atb::Tensor v_cache = vendor_cache(args.in(3), session());
-    set(0, {vendor_tensor(args.in(0)), vendor_tensor(args.in(1)), k_cache, v_cache, vendor_tensor(args.in(4))},
+    set(0,
+        {vendor_tensor(args.in(0)), vendor_tensor(args.in(1)), k_cache, v_cache, vendor_tensor(args.in(4))},
         {k_cache, v_cache});
   }
 };

@@ -4,14 +4,15 @@
 namespace modeltorch {
 namespace {
 
-/// SelfAttention as the vendor's operation of the same name: calcType PA_ENCODER, maskType NORM, isTriuMask 1.
+/// SelfAttention as the vendor's operation of the same name: calcType PA_ENCODER, maskType NORM,
+/// isTriuMask 1.
 ///
-/// | vendor tensor | ours    | shape                    | dtype      | note                                     |
+/// | vendor tensor | ours    | shape                    | dtype      | note |
 /// |---------------|---------|--------------------------|------------|------------------------------------------|
-/// | in 0, out 0   | q, out  | [n, heads, head_size]    | fp16, bf16 | out is [n, heads * head_size] here       |
-/// | in 1, in 2    | k, v    | [n, kv_heads, head_size] | as q       |                                          |
-/// | in 3          |         | [128, 128]               | as q       | the session's mask; tiled on older chips |
-/// | in 4          | seq_len | [B]                      | int32      | hostData too                             |
+/// | in 0, out 0   | q, out  | [n, heads, head_size]    | fp16, bf16 | out is [n, heads * head_size] here |
+/// | in 1, in 2    | k, v    | [n, kv_heads, head_size] | as q       | | | in 3          |         | [128,
+/// 128]               | as q       | the session's mask; tiled on older chips | | in 4          | seq_len |
+/// [B]                      | int32      | hostData too                             |
 class SelfAttentionNpu final : public NpuKernel {
  public:
   SelfAttentionNpu(const KernelSetup& setup, const SelfAttention& op)
@@ -30,8 +31,8 @@ class SelfAttentionNpu final : public NpuKernel {
   void bind(const KernelArgs& args) override {
     const Dims heads{args.in(0).dims[0], shape_.heads, shape_.head_size};
     set(0,
-        {vendor_tensor(args.in(0)), vendor_tensor(args.in(1)), vendor_tensor(args.in(2)), vendor_tensor(mask_),
-         vendor_lengths(args.in(3), args)},
+        {vendor_tensor(args.in(0)), vendor_tensor(args.in(1)), vendor_tensor(args.in(2)),
+         vendor_tensor(mask_), vendor_lengths(args.in(3), args)},
         {vendor_tensor(args.out(0), heads)});
   }
 

@@ -29,7 +29,8 @@ class SwiGluNpu final : public PlainNpuKernel {
 /// | Elewise          | silu(gate), up  | y                          |
 class SplitSwiGluNpu final : public NpuKernel {
  public:
-  explicit SplitSwiGluNpu(const KernelSetup& setup) : NpuKernel(setup), half_bytes_(aligned(setup.outputs[0].bytes())) {
+  explicit SplitSwiGluNpu(const KernelSetup& setup)
+      : NpuKernel(setup), half_bytes_(aligned(setup.outputs[0].bytes())) {
     atb::infer::SplitParam split;
     split.splitDim = -1;
     split.splitNum = 2;
@@ -69,7 +70,8 @@ class SplitSwiGluNpu final : public NpuKernel {
 
 const bool registered =
     register_kernel(SwiGlu::kName, DeviceType::kNpu, [](const KernelSetup& setup) -> std::unique_ptr<Kernel> {
-      if (dynamic_cast<NpuSession&>(*setup.session).is_first_generation()) return std::make_unique<SplitSwiGluNpu>(setup);
+      if (dynamic_cast<NpuSession&>(*setup.session).is_first_generation())
+        return std::make_unique<SplitSwiGluNpu>(setup);
       return std::make_unique<SwiGluNpu>(setup);
     });
 

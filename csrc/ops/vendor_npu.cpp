@@ -27,7 +27,8 @@ aclDataType vendor_dtype(DType dtype) {
   }
 }
 
-// The element type that an operation computes in: that of its first output, or of its first input if it has none.
+// The element type that an operation computes in: that of its first output, or of its first input if it has
+// none.
 DType compute_dtype(const KernelSetup& setup, const NpuSession& session) {
   const DType dtype = setup.outputs.empty() ? setup.inputs[0].dtype : setup.outputs[0].dtype;
   if (dtype != DType::kFloat16 && dtype != DType::kBFloat16) {
@@ -91,8 +92,8 @@ void NpuKernel::set(size_t call, std::initializer_list<atb::Tensor> inputs,
 }
 
 atb::Tensor vendor_tensor(const TensorView& view, const Dims& dims) {
-  check(reinterpret_cast<uintptr_t>(view.data) % kAddressAlignment == 0, "tensor ", view, " must begin at a multiple of ",
-        kAddressAlignment, " bytes: pass a copy instead of a slice");
+  check(reinterpret_cast<uintptr_t>(view.data) % kAddressAlignment == 0, "tensor ", view,
+        " must begin at a multiple of ", kAddressAlignment, " bytes: pass a copy instead of a slice");
   atb::Tensor tensor;
   tensor.desc.dtype = vendor_dtype(view.dtype);
   tensor.desc.format = view.format == Format::kFractalNz ? ACL_FORMAT_FRACTAL_NZ : ACL_FORMAT_ND;
@@ -103,13 +104,16 @@ atb::Tensor vendor_tensor(const TensorView& view, const Dims& dims) {
   return tensor;
 }
 
-atb::Tensor vendor_tensor(const TensorView& view) { return vendor_tensor(view, view.dims); }
+atb::Tensor vendor_tensor(const TensorView& view) {
+  return vendor_tensor(view, view.dims);
+}
 
 atb::Tensor vendor_cache(const TensorView& view, const NpuSession& session) {
   if (!session.is_first_generation()) return vendor_tensor(view);
   constexpr int64_t kTile = 16;
   const int64_t row = view.dims[2] * view.dims[3];
-  check(row % kTile == 0, "on this Ascend chip kv_heads * head_size must be a multiple of ", kTile, ", got a cache ", view);
+  check(row % kTile == 0, "on this Ascend chip kv_heads * head_size must be a multiple of ", kTile,
+        ", got a cache ", view);
   TensorView tiled = view;
   tiled.format = Format::kFractalNz;
   return vendor_tensor(tiled, {view.dims[0], row / kTile, view.dims[1], kTile});
@@ -118,7 +122,8 @@ atb::Tensor vendor_cache(const TensorView& view, const NpuSession& session) {
 atb::Tensor vendor_lengths(const TensorView& view, const KernelArgs& args) {
   const std::vector<int32_t>& lengths = args.step->sequence_lengths;
   if (static_cast<int64_t>(lengths.size()) != view.dims[0]) {
-    fail(ErrorKind::kNotImplemented, "attention on Ascend needs the sequence lengths on the host, as execute gets them");
+    fail(ErrorKind::kNotImplemented,
+         "attention on Ascend needs the sequence lengths on the host, as execute gets them");
   }
   atb::Tensor tensor = vendor_tensor(view);
   tensor.hostData = const_cast<int32_t*>(lengths.data());

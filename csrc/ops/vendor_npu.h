@@ -15,9 +15,10 @@ namespace modeltorch {
 
 /// A kernel made of operations of the vendor's library, launched one after the other.
 ///
-/// The operations are made once, with the kernel. In every step prepare() describes the tensors, which have their true
-/// sizes, and calls Setup; run() calls Execute with the very same description. The library's known callers never
-/// execute twice after one Setup, so neither does this. A step that brings an empty tensor launches nothing.
+/// The operations are made once, with the kernel. In every step prepare() describes the tensors, which have
+/// their true sizes, and calls Setup; run() calls Execute with the very same description. The library's known
+/// callers never execute twice after one Setup, so neither does this. A step that brings an empty tensor
+/// launches nothing.
 class NpuKernel : public Kernel {
  public:
   /// Throws unless this chip computes in the element type of the operation.
@@ -37,7 +38,8 @@ class NpuKernel : public Kernel {
   void add(const Param& param) {
     atb::Operation* made = nullptr;
     const int64_t status = atb::CreateOperation(param, &made);
-    if (status != 0 || made == nullptr) fail(ErrorKind::kRuntime, "the vendor's CreateOperation returned ", status);
+    if (status != 0 || made == nullptr)
+      fail(ErrorKind::kRuntime, "the vendor's CreateOperation returned ", status);
     calls_.emplace_back().operation.reset(made);
   }
 
@@ -45,7 +47,8 @@ class NpuKernel : public Kernel {
   virtual void bind(const KernelArgs& args) = 0;
 
   /// The tensors of vendor operation number `call`, in the vendor's order.
-  void set(size_t call, std::initializer_list<atb::Tensor> inputs, std::initializer_list<atb::Tensor> outputs);
+  void set(size_t call, std::initializer_list<atb::Tensor> inputs,
+           std::initializer_list<atb::Tensor> outputs);
 
  private:
   struct Destroy {
@@ -69,8 +72,8 @@ class NpuKernel : public Kernel {
 atb::Tensor vendor_tensor(const TensorView& view);
 atb::Tensor vendor_tensor(const TensorView& view, const Dims& dims);
 
-/// A paged cache as the vendor takes it: [blocks, block_size, kv_heads, head_size], or on the older chips the same bytes
-/// as [blocks, kv_heads * head_size / 16, block_size, 16] in tiles.
+/// A paged cache as the vendor takes it: [blocks, block_size, kv_heads, head_size], or on the older chips the
+/// same bytes as [blocks, kv_heads * head_size / 16, block_size, 16] in tiles.
 atb::Tensor vendor_cache(const TensorView& view, const NpuSession& session);
 
 /// An int32 tensor whose values the vendor also reads on the host: the lengths of the step's sequences.
@@ -79,9 +82,10 @@ atb::Tensor vendor_lengths(const TensorView& view, const KernelArgs& args);
 /// Registers KernelOf as the Ascend kernel of Op: `const bool registered = register_npu<Op, KernelOf>();`
 template <class Op, class KernelOf>
 bool register_npu() {
-  return register_kernel(Op::kName, DeviceType::kNpu, [](const KernelSetup& setup) -> std::unique_ptr<Kernel> {
-    return std::make_unique<KernelOf>(setup, dynamic_cast<const Op&>(setup.operation));
-  });
+  return register_kernel(Op::kName, DeviceType::kNpu,
+                         [](const KernelSetup& setup) -> std::unique_ptr<Kernel> {
+                           return std::make_unique<KernelOf>(setup, dynamic_cast<const Op&>(setup.operation));
+                         });
 }
 
 /// One vendor operation with the tensors of ours, in order: what most kernels are.

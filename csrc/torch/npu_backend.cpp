@@ -1,4 +1,5 @@
-// What csrc/device asks of torch_npu: the current stream, the task queue, memory, the chip. Ascend builds only.
+// What csrc/device asks of torch_npu: the current stream, the task queue, memory, the chip. Ascend builds
+// only.
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -19,13 +20,17 @@
 namespace modeltorch {
 namespace {
 
-at::Device torch_device(int device) { return {at::kPrivateUse1, static_cast<at::DeviceIndex>(device)}; }
+at::Device torch_device(int device) {
+  return {at::kPrivateUse1, static_cast<at::DeviceIndex>(device)};
+}
 
 aclrtStream current_stream(int device) {
   return c10_npu::getCurrentNPUStream(static_cast<c10::DeviceIndex>(device)).stream(/*need_empty=*/false);
 }
 
-void drain(int device) { c10_npu::getCurrentNPUStream(static_cast<c10::DeviceIndex>(device)).stream(); }
+void drain(int device) {
+  c10_npu::getCurrentNPUStream(static_cast<c10::DeviceIndex>(device)).stream();
+}
 
 void enqueue(std::function<void()> task) {
   at_npu::native::OpCommand command;
@@ -42,9 +47,11 @@ NpuMemory allocate(size_t bytes, int device, aclrtStream stream) {
   const c10::DeviceGuard guard(torch_device(device));
   try {
     c10_npu::NPUCachingAllocator::NPUAllocator* allocator = c10_npu::NPUCachingAllocator::get();
-    return {allocator->raw_alloc_with_stream(bytes, stream), [allocator](void* data) { allocator->raw_delete(data); }};
+    return {allocator->raw_alloc_with_stream(bytes, stream),
+            [allocator](void* data) { allocator->raw_delete(data); }};
   } catch (const c10::OutOfMemoryError& error) {
-    fail(ErrorKind::kRuntime, "no device memory for a workspace of ", bytes, " bytes: ", error.what_without_backtrace());
+    fail(ErrorKind::kRuntime, "no device memory for a workspace of ", bytes,
+         " bytes: ", error.what_without_backtrace());
   }
 }
 
@@ -55,7 +62,8 @@ NpuMemory upload(const void* data, size_t bytes, int device) {
 }
 
 Format format_of(const at::Tensor& tensor) {
-  return at_npu::native::get_npu_format(tensor) == ACL_FORMAT_FRACTAL_NZ ? Format::kFractalNz : Format::kPlain;
+  return at_npu::native::get_npu_format(tensor) == ACL_FORMAT_FRACTAL_NZ ? Format::kFractalNz
+                                                                         : Format::kPlain;
 }
 
 const bool installed = [] {

@@ -19,8 +19,8 @@ std::byte* TensorArena::reserve(size_t bytes) {
   return static_cast<std::byte*>(memory_.data_ptr());
 }
 
-// Freed memory goes to work that comes later on the stream it was allocated for. Where the caller has changed to
-// another stream, the allocator must wait for that one too.
+// Freed memory goes to work that comes later on the stream it was allocated for. Where the caller has changed
+// to another stream, the allocator must wait for that one too.
 void TensorArena::tell_stream() {
   const at::Device device = torch_device_of(device_);
   const c10::Stream current = c10::impl::VirtualGuardImpl(device.type()).getStream(device);

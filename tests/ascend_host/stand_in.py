@@ -59,6 +59,18 @@ def held_back() -> Iterator[None]:
 
 
 @contextmanager
+def held_calls(*calls: str) -> Iterator[None]:
+    """While it lasts, calls of the vendor's `setup` or `execute` do not return."""
+    for call in calls:
+        _LIBRARY.ascend_host_hold(call.encode(), 1)
+    try:
+        yield
+    finally:
+        for call in calls:
+            _LIBRARY.ascend_host_hold(call.encode(), 0)
+
+
+@contextmanager
 def slow_streams(microseconds: int) -> Iterator[None]:
     """While it lasts, every task of a stream begins late, so that who does not synchronise is too early."""
     _LIBRARY.ascend_host_delay(ctypes.c_int64(microseconds))

@@ -11,7 +11,7 @@ import torch_npu
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import Layout, Runner, Shape, random_model, relative_error
-from stand_in import IN_LINE, IS_OLD_CHIP, count, held_back, slow_streams
+from stand_in import IN_LINE, IS_OLD_CHIP, MODE, count, held_back, held_calls, slow_streams
 from test_parity import Comparison, layouts, lengths, random_tokens, shapes
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -83,6 +83,16 @@ def test_a_long_sequence_among_short_ones():
     generator = torch.Generator().manual_seed(3)
     pair.prefill([random_tokens(length, shape.vocab, generator) for length in (1, 300, 2, 129)])
     pair.decode({n: n + 1 for n in range(4)})
+
+
+def test_a_step_may_need_more_workspace_than_the_first_of_its_plan():
+    """40 tokens and 60 share a plan; the stand-in asks for workspaces in proportion to the rows."""
+    shape = Shape(vocab=3000, intermediate=2000)
+    pair = Pair(shape, torch.float16)
+    generator = torch.Generator().manual_seed(1)
+    for length in (34, 60, 50, 64):
+        pair.prefill([random_tokens(length, shape.vocab, generator)])
+    assert dict(pair.npu.encoder.counters())["plans_built"] == 1
 
 
 def test_no_tokens_give_no_rows_and_launch_nothing():
@@ -242,6 +252,47 @@ def test_execute_returns_before_the_device_has_begun():
         assert not done.query()
     torch.npu.synchronize()
     assert torch.isfinite(logits.cpu()).all()
+
+
+@pytest.mark.skipif(IN_LINE, reason="launches are in line in this mode")
+def test_execute_returns_before_the_host_has_launched():
+    """What a launch reads must survive the call: the inputs, the lengths that the parameters held, the arena."""
+    pair = Pair(Shape(), torch.float16)
+    pair.prefill([[1, 2, 3], [4, 5]])
+    pair.decode({0: 4, 1: 5})
+    inputs, parameters = pair.npu.decode_inputs({0: 5, 1: 6})
+    torch.npu.synchronize()
+    before = count("operations")
+    with held_calls("execute", *(["setup"] if MODE == "2" else [])):
+        logits = pair.npu.decoder.execute(inputs, parameters)[0]
+        assert count("operations") == before
+        inputs.clear()
+        del parameters
+        churn = [bytes(range(n)) for n in range(256)]  # the memory of what was freed is written again
+    del churn
+    pair.same(logits.cpu(), pair.cpu.decode({0: 5, 1: 6}))
+
+
+@pytest.mark.skipif(IN_LINE, reason="launches are in line in this mode")
+def test_the_next_call_waits_for_launches_under_way():
+    pair = Pair(Shape(), torch.float16)
+    pair.prefill([[1, 2, 3], [4, 5]])
+    steps = [pair.npu.decode_inputs({0: step, 1: step}) for step in range(2)]
+    logits = []
+
+    def run() -> None:
+        logits.extend(pair.npu.decoder.execute(*step)[0] for step in steps)
+
+    before = count("operations")
+    with held_calls("execute"):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        assert count("operations") == before
+    thread.join()
+    for step in range(2):
+        pair.same(logits[step].cpu(), pair.cpu.decode({0: step, 1: step}))
 
 
 def test_steady_steps_allocate_and_infer_nothing():

@@ -3,6 +3,7 @@
 #include <chrono>
 #include <map>
 #include <mutex>
+#include <set>
 #include <thread>
 #include <utility>
 
@@ -22,6 +23,7 @@ struct Control {
   std::map<std::string, Fault> faults;
   std::map<std::string, int64_t> counters;
   bool paused = false;
+  std::set<std::string> held;  // calls of the vendor's library that do not return yet
   int64_t delay_us = 0;
   std::condition_variable changed;
 };
@@ -67,6 +69,12 @@ void wait_for_permission() {
   if (delay > 0) std::this_thread::sleep_for(std::chrono::microseconds(delay));
 }
 
+void wait_while_held(const std::string& call) {
+  Control& state = control();
+  std::unique_lock lock(state.mutex);
+  state.changed.wait(lock, [&] { return !state.held.contains(call); });
+}
+
 }  // namespace ascend_host
 
 using ascend_host::control;
@@ -106,6 +114,17 @@ int64_t ascend_host_counters(char* text, int64_t capacity) {
 void ascend_host_pause(int32_t paused) {
   const std::lock_guard lock(control().mutex);
   control().paused = paused != 0;
+  control().changed.notify_all();
+}
+
+/// Keeps every call of the vendor's `call` (setup or execute) from returning, or lets them go on.
+void ascend_host_hold(const char* call, int32_t held) {
+  const std::lock_guard lock(control().mutex);
+  if (held != 0) {
+    control().held.insert(call);
+  } else {
+    control().held.erase(call);
+  }
   control().changed.notify_all();
 }
 

@@ -25,6 +25,9 @@ bool is_device_memory(const void* data, size_t bytes);
 /// The code that the fault `name` returns now, or 0 if it was not injected or has fired often enough.
 aclError take_fault(const std::string& name, aclError code);
 
+/// Blocks while tests hold calls of this name.
+void wait_while_held(const std::string& call);
+
 /// Adds to the counter that tests read by name.
 void count(const std::string& name, int64_t amount = 1);
 

@@ -83,7 +83,7 @@ bool same(const atb::SVector<atb::Tensor>& a, const atb::SVector<atb::Tensor>& b
 // What the operation asks for: it depends on the sizes, so that a workspace must grow with them.
 uint64_t workspace_for(const atb::VariantPack& tensors) {
   uint64_t bytes = 512;
-  for (const atb::Tensor& tensor : tensors.outTensors) bytes += tensor.dataSize / 2;
+  for (const atb::Tensor& tensor : tensors.outTensors) bytes += tensor.dataSize;
   return bytes;
 }
 
@@ -119,6 +119,7 @@ atb::Status HostOperation::refuse(atb::Status status, const std::string& rule) c
 
 atb::Status HostOperation::Setup(const atb::VariantPack& tensors, uint64_t& workspaceSize, atb::Context* context) {
   is_set_up_ = false;
+  wait_while_held("setup");
   if (const aclError code = take_fault("setup", atb::ERROR_INVALID_PARAM)) return code;
   if (context == nullptr) return refuse(atb::ERROR_INVALID_PARAM, "Setup without a context");
   if (tensors.inTensors.size() != behaviour_->inputs || tensors.outTensors.size() != behaviour_->outputs) {
@@ -148,6 +149,7 @@ atb::Status HostOperation::Execute(const atb::VariantPack& tensors, uint8_t* wor
                                    atb::Context* context) {
   if (!is_set_up_) return refuse(atb::ERROR_INTERNAL_ERROR, "Execute without a Setup before it");
   is_set_up_ = false;
+  wait_while_held("execute");
   if (const aclError code = take_fault("execute", atb::ERROR_CANN_ERROR)) return code;
   if (context != context_) return refuse(atb::ERROR_INTERNAL_ERROR, "Execute in another context than Setup");
   if (!same(tensors.inTensors, tensors_.inTensors) || !same(tensors.outTensors, tensors_.outTensors)) {
