@@ -15,9 +15,10 @@ _LIBRARY.ascend_host_counters.restype = ctypes.c_int64
 MODE = os.environ.get("ATB_OPERATION_EXECUTE_ASYNC", "0")
 """0, 1 or 2 as the library reads it."""
 
-IN_LINE = (
-    MODE == "0" or os.environ.get("TASK_QUEUE_ENABLE") == "0" or os.environ.get("ASCEND_LAUNCH_BLOCKING") == "1"
-)
+BLOCKING = os.environ.get("ASCEND_LAUNCH_BLOCKING") == "1"
+"""True if execute also waits for the device."""
+
+IN_LINE = MODE == "0" or os.environ.get("TASK_QUEUE_ENABLE") == "0" or BLOCKING
 """True if execute returns after every launch."""
 
 IS_OLD_CHIP = os.environ.get("ASCEND_HOST_SOC", "").startswith("Ascend310P")

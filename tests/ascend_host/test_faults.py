@@ -3,7 +3,6 @@ as it was."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -11,10 +10,7 @@ import sys
 import pytest
 import torch
 from reference import Runner, Shape, random_model
-from stand_in import IN_LINE, MODE, count, inject, pending
-
-BLOCKING = os.environ.get("ASCEND_LAUNCH_BLOCKING") == "1"
-
+from stand_in import BLOCKING, IN_LINE, MODE, count, inject, pending
 
 @pytest.fixture
 def runner() -> Runner:
@@ -167,17 +163,21 @@ def test_a_wait_that_times_out_on_the_device_is_told(runner):
 
 def test_memory_that_runs_out_is_told():
     """One allocation of a step after the other fails; each time the step works when there is memory again."""
-    # Arena and workspace are large enough for the allocator to ask the driver for them.
-    shape = Shape(heads=1, kv_heads=1, layers=1, hidden=16, intermediate=6000, vocab=15000)
+    # Logits, arena and workspace are above the 10 MB from which the allocator asks the driver for each of them.
+    shape = Shape(heads=1, kv_heads=1, layers=1, hidden=16, intermediate=24000, vocab=30000)
     model = random_model(shape)
-    prompt = [list(range(400))]
+    prompt = [list(range(200))]
     expected = Runner(shape, model, torch.float16, "npu").prefill(prompt)
+    held = torch.npu.memory_reserved()
+    torch.npu.empty_cache()
+    if torch.npu.memory_reserved() == held:
+        pytest.skip("torch_npu keeps its cache where its task queue is off")
     failures = []
     for skip in range(3):
         runner = Runner(shape, model, torch.float16, "npu")
         step = runner.prefill_inputs(prompt)
         torch.npu.empty_cache()
-        inject("malloc", skip=skip, times=2)  # the allocator tries again after freeing its cache
+        inject("malloc", skip=skip, times=100)  # the allocator tries again after freeing its cache
         try:
             runner.encoder.execute(*step)
             torch.npu.synchronize()

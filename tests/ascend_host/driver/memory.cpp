@@ -41,6 +41,7 @@ aclError allocate(void** data, size_t bytes) {
   all.live[reinterpret_cast<uintptr_t>(fresh)] = bytes;
   all.live_bytes += bytes;
   *data = fresh;
+  ascend_host::count("allocations");
   return ACL_SUCCESS;
 }
 

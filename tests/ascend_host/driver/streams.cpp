@@ -195,7 +195,9 @@ aclError aclrtCreateEventExWithFlag(aclrtEvent* event, uint32_t) {
   return ACL_SUCCESS;
 }
 
-aclError aclrtCreateEventWithFlag(aclrtEvent* event, uint32_t flag) { return aclrtCreateEventExWithFlag(event, flag); }
+aclError aclrtCreateEventWithFlag(aclrtEvent* event, uint32_t flag) {
+  return aclrtCreateEventExWithFlag(event, flag);
+}
 
 aclError aclrtDestroyEvent(aclrtEvent event) {
   delete static_cast<Event*>(event);

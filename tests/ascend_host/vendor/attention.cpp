@@ -1,5 +1,6 @@
 // The vendor's operations around the cache: ReshapeAndCache, SelfAttention, PagedAttention. A cache is either
-// [blocks, block_size, kv_heads, head_size] or the same in tiles: [blocks, kv_heads * head_size / 16, block_size, 16].
+// [blocks, block_size, kv_heads, head_size] or the same in tiles: [blocks, kv_heads * head_size / 16,
+// block_size, 16].
 
 #include <atb/atb_infer.h>
 
@@ -22,7 +23,9 @@ using modeltorch::TensorView;
 
 constexpr int64_t kMaskSize = 128;
 
-bool is_half(const TensorView& view) { return view.dtype == DType::kFloat16 || view.dtype == DType::kBFloat16; }
+bool is_half(const TensorView& view) {
+  return view.dtype == DType::kFloat16 || view.dtype == DType::kBFloat16;
+}
 
 // The sizes of a cache without its tiles.
 Dims cache_dims(const TensorView& cache, int64_t kv_heads, int64_t head_size) {
@@ -69,14 +72,17 @@ class PlainCache {
 Behaviour reshape_and_cache() {
   const auto check = [](const KernelTensors& tensors) -> std::string {
     const TensorView& k = tensors.inputs[0];
-    if (k.dims.rank() != 3 || !is_half(k) || !(tensors.inputs[1].dims == k.dims)) return "wrong keys or values";
+    if (k.dims.rank() != 3 || !is_half(k) || !(tensors.inputs[1].dims == k.dims))
+      return "wrong keys or values";
     for (const int index : {0, 1}) {
       const std::string fault = check_cache(tensors.inputs[2 + index], k.dtype, k.dims[1], k.dims[2]);
       if (!fault.empty()) return fault;
-      if (tensors.outputs[index].data != tensors.inputs[2 + index].data) return "a cache that is not its output";
+      if (tensors.outputs[index].data != tensors.inputs[2 + index].data)
+        return "a cache that is not its output";
     }
     const TensorView& slots = tensors.inputs[4];
-    return slots.dtype == DType::kInt32 && slots.dims == Dims{k.dims[0]} ? "" : "slots that are not int32 [n]";
+    return slots.dtype == DType::kInt32 && slots.dims == Dims{k.dims[0]} ? ""
+                                                                         : "slots that are not int32 [n]";
   };
   const auto compute = [](const KernelTensors& tensors) -> std::string {
     const TensorView& k = tensors.inputs[0];
@@ -87,7 +93,8 @@ Behaviour reshape_and_cache() {
       const int64_t rows = k_cache.view().dims[0] * k_cache.view().dims[1];
       if (slots.as<int32_t>()[token] >= rows) return "a slot outside the cache";
     }
-    run_on_cpu(modeltorch::ReshapeAndCache(), {k, tensors.inputs[1], k_cache.view(), v_cache.view(), slots}, {});
+    run_on_cpu(modeltorch::ReshapeAndCache(), {k, tensors.inputs[1], k_cache.view(), v_cache.view(), slots},
+               {});
     k_cache.write_back();
     v_cache.write_back();
     return "";
@@ -120,7 +127,8 @@ std::string check_mask(const TensorView& mask, DType dtype) {
 }
 
 std::string compare_mask(const TensorView& mask) {
-  const auto values = mask.format == Format::kPlain ? std::vector<std::byte>() : to_plain(mask, kMaskSize, kMaskSize);
+  const auto values =
+      mask.format == Format::kPlain ? std::vector<std::byte>() : to_plain(mask, kMaskSize, kMaskSize);
   const auto* bits = values.empty() ? mask.as<uint16_t>() : reinterpret_cast<const uint16_t*>(values.data());
   const uint16_t hidden = mask.dtype == DType::kFloat16 ? 0xfc00 : 0x3f80;
   for (int64_t row = 0; row < kMaskSize; ++row) {
@@ -152,7 +160,8 @@ Behaviour self_attention(const atb::infer::SelfAttentionParam& param) {
     return sum == in[0].dims[0] ? "" : "lengths that do not add up to the tokens";
   };
   const auto compute = [shape_of](const KernelTensors& tensors) -> std::string {
-    const std::string fault = compare_lengths(tensors.inputs[4], tensors.host[4]) + compare_mask(tensors.inputs[3]);
+    const std::string fault =
+        compare_lengths(tensors.inputs[4], tensors.host[4]) + compare_mask(tensors.inputs[3]);
     if (!fault.empty()) return fault;
     run_on_cpu(modeltorch::SelfAttention(shape_of(tensors)),
                {tensors.inputs[0], tensors.inputs[1], tensors.inputs[2], tensors.inputs[4]},
@@ -171,7 +180,8 @@ Behaviour paged_attention(const atb::infer::PagedAttentionParam& param) {
       const std::string fault = check_cache(in[index], in[0].dtype, heads.kv_heads, in[0].dims[2]);
       if (!fault.empty()) return fault;
     }
-    if (in[3].dtype != DType::kInt32 || in[3].dims.rank() != 2 || in[3].dims[0] != in[0].dims[0]) return "wrong block tables";
+    if (in[3].dtype != DType::kInt32 || in[3].dims.rank() != 2 || in[3].dims[0] != in[0].dims[0])
+      return "wrong block tables";
     if (!(tensors.outputs[0].dims == in[0].dims)) return "an output unlike the queries";
     return check_lengths(in[4], tensors.host[4]);
   };

@@ -42,8 +42,10 @@ bool dtype_of(aclDataType dtype, DType& ours) {
 // Says what is wrong with a tensor, or turns it into a view.
 std::string view_of(const atb::Tensor& tensor, TensorView& view) {
   if (!dtype_of(tensor.desc.dtype, view.dtype)) return "a data type that no operation takes";
-  if (tensor.desc.format != ACL_FORMAT_ND && tensor.desc.format != ACL_FORMAT_FRACTAL_NZ) return "an unknown format";
-  if (tensor.desc.shape.dimNum == 0 || tensor.desc.shape.dimNum > atb::MAX_DIM) return "a wrong number of dimensions";
+  if (tensor.desc.format != ACL_FORMAT_ND && tensor.desc.format != ACL_FORMAT_FRACTAL_NZ)
+    return "an unknown format";
+  if (tensor.desc.shape.dimNum == 0 || tensor.desc.shape.dimNum > atb::MAX_DIM)
+    return "a wrong number of dimensions";
   for (uint64_t axis = 0; axis < tensor.desc.shape.dimNum; ++axis) {
     if (tensor.desc.shape.dims[axis] <= 0) return "an empty dimension";
     view.dims.push_back(tensor.desc.shape.dims[axis]);
@@ -117,7 +119,8 @@ atb::Status HostOperation::refuse(atb::Status status, const std::string& rule) c
   return status;
 }
 
-atb::Status HostOperation::Setup(const atb::VariantPack& tensors, uint64_t& workspaceSize, atb::Context* context) {
+atb::Status HostOperation::Setup(const atb::VariantPack& tensors, uint64_t& workspaceSize,
+                                 atb::Context* context) {
   is_set_up_ = false;
   wait_while_held("setup");
   if (const aclError code = take_fault("setup", atb::ERROR_INVALID_PARAM)) return code;
@@ -145,8 +148,8 @@ atb::Status HostOperation::Setup(const atb::VariantPack& tensors, uint64_t& work
   return atb::NO_ERROR;
 }
 
-atb::Status HostOperation::Execute(const atb::VariantPack& tensors, uint8_t* workspace, uint64_t workspaceSize,
-                                   atb::Context* context) {
+atb::Status HostOperation::Execute(const atb::VariantPack& tensors, uint8_t* workspace,
+                                   uint64_t workspaceSize, atb::Context* context) {
   if (!is_set_up_) return refuse(atb::ERROR_INTERNAL_ERROR, "Execute without a Setup before it");
   is_set_up_ = false;
   wait_while_held("execute");
@@ -163,10 +166,11 @@ atb::Status HostOperation::Execute(const atb::VariantPack& tensors, uint8_t* wor
   }
   count("operations");
   count(behaviour_->name);
-  enqueue(context->GetExecuteStream(), [behaviour = behaviour_, ours = kernel_tensors_, pack = tensors, workspace,
-                                        bytes = workspace_bytes_]() -> aclError {
-    return run_kernel(*behaviour, *ours, pack, workspace, bytes);
-  });
+  enqueue(context->GetExecuteStream(),
+          [behaviour = behaviour_, ours = kernel_tensors_, pack = tensors, workspace,
+           bytes = workspace_bytes_]() -> aclError {
+            return run_kernel(*behaviour, *ours, pack, workspace, bytes);
+          });
   return atb::NO_ERROR;
 }
 

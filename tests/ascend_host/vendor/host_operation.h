@@ -14,7 +14,8 @@
 
 namespace ascend_host {
 
-/// What a kernel is given when its turn on the stream comes: the tensors of Execute, and the host data of Setup.
+/// What a kernel is given when its turn on the stream comes: the tensors of Execute, and the host data of
+/// Setup.
 struct KernelTensors {
   std::vector<modeltorch::TensorView> inputs;
   std::vector<modeltorch::TensorView> outputs;
@@ -32,11 +33,12 @@ struct Behaviour {
   std::function<std::string(const KernelTensors&)> compute;
 };
 
-/// An operation that keeps the vendor's rules: every Execute after a Setup of its own with the same tensors and the
-/// same context, on a workspace as large as Setup asked for. Each broken rule is counted and refused.
+/// An operation that keeps the vendor's rules: every Execute after a Setup of its own with the same tensors
+/// and the same context, on a workspace as large as Setup asked for. Each broken rule is counted and refused.
 class HostOperation final : public atb::Operation {
  public:
-  explicit HostOperation(Behaviour behaviour) : behaviour_(std::make_shared<const Behaviour>(std::move(behaviour))) {}
+  explicit HostOperation(Behaviour behaviour)
+      : behaviour_(std::make_shared<const Behaviour>(std::move(behaviour))) {}
 
   std::string GetName() const override { return behaviour_->name; }
   atb::Status Setup(const atb::VariantPack& tensors, uint64_t& workspaceSize, atb::Context* context) override;
@@ -60,6 +62,7 @@ void run_on_cpu(const modeltorch::Operation& operation, const std::vector<modelt
 
 /// A row-major copy of a matrix, or of a batch of them, that may lie in tiles; and the way back.
 std::vector<std::byte> to_plain(const modeltorch::TensorView& view, int64_t rows, int64_t columns);
-void from_plain(const std::vector<std::byte>& plain, const modeltorch::TensorView& view, int64_t rows, int64_t columns);
+void from_plain(const std::vector<std::byte>& plain, const modeltorch::TensorView& view, int64_t rows,
+                int64_t columns);
 
 }  // namespace ascend_host

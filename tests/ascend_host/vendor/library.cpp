@@ -45,7 +45,8 @@ uint64_t Utils::GetTensorSize(const Tensor& tensor) {
   for (uint64_t axis = 0; axis < desc.shape.dimNum; ++axis) {
     uint64_t size = static_cast<uint64_t>(desc.shape.dims[axis]);
     const bool in_tile = axis + 2 >= desc.shape.dimNum;
-    if (desc.format == ACL_FORMAT_FRACTAL_NZ && in_tile && desc.shape.dimNum == 2) size = (size + 15) / 16 * 16;
+    if (desc.format == ACL_FORMAT_FRACTAL_NZ && in_tile && desc.shape.dimNum == 2)
+      size = (size + 15) / 16 * 16;
     count *= size;
   }
   return count * aclDataTypeSize(desc.dtype);

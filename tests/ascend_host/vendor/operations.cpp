@@ -1,5 +1,5 @@
-// The vendor's operations that the Qwen2 graph uses but attention: what each wants of its tensors, and its arithmetic,
-// which is that of our CPU kernels.
+// The vendor's operations that the Qwen2 graph uses but attention: what each wants of its tensors, and its
+// arithmetic, which is that of our CPU kernels.
 
 #include <atb/atb_infer.h>
 
@@ -25,7 +25,9 @@ using modeltorch::DType;
 using modeltorch::Format;
 using modeltorch::TensorView;
 
-bool is_half(const TensorView& view) { return view.dtype == DType::kFloat16 || view.dtype == DType::kBFloat16; }
+bool is_half(const TensorView& view) {
+  return view.dtype == DType::kFloat16 || view.dtype == DType::kBFloat16;
+}
 
 // All tensors plain, of one half type, with the rank of the first.
 std::string check_halves(const KernelTensors& tensors) {
@@ -120,7 +122,8 @@ Behaviour rope(const atb::infer::RopeParam& param) {
       if (view.format != Format::kPlain) return "a tensor in tiles";
     }
     for (int index = 0; index < 4; ++index) {
-      if (in[index].dims.rank() != 2 || !is_half(in[index]) || in[index].dims[0] != in[0].dims[0]) return "a wrong input";
+      if (in[index].dims.rank() != 2 || !is_half(in[index]) || in[index].dims[0] != in[0].dims[0])
+        return "a wrong input";
     }
     const int64_t head_size = in[2].dims[1];
     if (!(in[3].dims == in[2].dims) || in[0].dims[1] % head_size != 0 || in[1].dims[1] % head_size != 0) {
@@ -171,7 +174,8 @@ Behaviour split(const atb::infer::SplitParam& param) {
     for (size_t part = 0; part < tensors.outputs.size(); ++part) {
       const int64_t wanted = param.splitSizes.size() == 0 ? tensors.inputs[0].dims[1] / param.splitNum
                                                           : param.splitSizes.at(part);
-      if (tensors.outputs[part].dims.rank() != 2 || tensors.outputs[part].dims[1] != wanted) return "a part of another size";
+      if (tensors.outputs[part].dims.rank() != 2 || tensors.outputs[part].dims[1] != wanted)
+        return "a part of another size";
     }
     const std::string fault = check_halves(tensors);
     return fault.empty() ? check_columns(tensors.inputs[0], tensors.outputs) : fault;
@@ -251,7 +255,8 @@ template <>
 Status CreateOperation(const infer::RmsNormParam& param, Operation** operation) {
   if (param.layerType != infer::RmsNormParam::RMS_NORM_NORM) return ERROR_INVALID_PARAM;
   const float epsilon = param.normParam.epsilon;
-  return hand_over(like_ours("RmsNormOperation", 2, 1, [epsilon] { return modeltorch::RmsNorm(epsilon); }), operation);
+  return hand_over(like_ours("RmsNormOperation", 2, 1, [epsilon] { return modeltorch::RmsNorm(epsilon); }),
+                   operation);
 }
 
 template <>

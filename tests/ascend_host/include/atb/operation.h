@@ -12,7 +12,8 @@ class Operation {
   virtual ~Operation() = default;
   virtual std::string GetName() const = 0;
   virtual Status Setup(const VariantPack& tensors, uint64_t& workspaceSize, Context* context) = 0;
-  virtual Status Execute(const VariantPack& tensors, uint8_t* workspace, uint64_t workspaceSize, Context* context) = 0;
+  virtual Status Execute(const VariantPack& tensors, uint8_t* workspace, uint64_t workspaceSize,
+                         Context* context) = 0;
 };
 
 template <class Param>

@@ -1,6 +1,7 @@
 #pragma once
 
-// Declarations of the vendor's library for the build without it; see README.md for what they were written from.
+// Declarations of the vendor's library for the build without it; see README.md for what they were written
+// from.
 
 #include <acl/acl.h>
 
