@@ -5,7 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
 
-.PHONY: demo test test-all test-cpp sanitize kernels lint format clean
+# The Ascend path without an NPU: real torch_npu on stand-ins for the driver and for the vendor's operations.
+ASCEND_VENV := .venv-ascend
+ASCEND_BIN := $(ASCEND_VENV)/bin
+ASCEND_HOST := $(CURDIR)/build/ascend_host
+ASCEND_ENV := ASCEND_HOST=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0 ATB_HOME_PATH=$(ASCEND_HOST) \
+    LD_LIBRARY_PATH=$(ASCEND_HOST)/lib PYTHONPATH=$(ASCEND_HOST)/package
+ASCEND_TEST := $(ASCEND_BIN)/pytest tests/ascend_host
+
+.PHONY: demo test test-all test-cpp test-ascend sanitize kernels lint format clean
 
 demo: $(VENV)/.built  ## answer prompts with the bundled checkpoint
 	$(BIN)/modeltorch generate --prompt "345+678=" --prompt "12-345=" --prompt "sort 31 4 15 926 5=" \
@@ -20,6 +28,13 @@ test-all: $(VENV)/.built sanitize  ## the long runs: ten times the random cases,
 
 test-cpp: $(VENV)/.installed
 	PYTHON=$(BIN)/python tests/cpp/run.sh plain
+
+test-ascend: $(ASCEND_VENV)/.built  ## device npu without an NPU, in every way to launch and on an older chip
+	env $(ASCEND_ENV) ATB_OPERATION_EXECUTE_ASYNC=1 $(ASCEND_TEST)
+	for mode in ATB_OPERATION_EXECUTE_ASYNC=0 ATB_OPERATION_EXECUTE_ASYNC=2 TASK_QUEUE_ENABLE=0 \
+	    ASCEND_LAUNCH_BLOCKING=1 "ATB_OPERATION_EXECUTE_ASYNC=2 PER_STREAM_QUEUE=1" \
+	    ASCEND_HOST_SOC=Ascend310P3; do \
+	  echo "== $$mode"; env $(ASCEND_ENV) ASCEND_HOST_FEW=1 $$mode $(ASCEND_TEST) || exit 1; done
 
 sanitize: $(VENV)/.installed  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	PYTHON=$(BIN)/python tests/cpp/run.sh sanitize
@@ -55,5 +70,18 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES) pyproject.toml
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
+$(ASCEND_VENV)/.installed: tests/ascend_host/requirements.txt
+	$(PYTHON) -m venv $(ASCEND_VENV)
+	$(ASCEND_BIN)/pip install --quiet torch==2.13.0
+	$(ASCEND_BIN)/pip install --quiet -r $<
+	touch $@
+
+$(ASCEND_VENV)/.built: $(ASCEND_VENV)/.installed $(SOURCES) $(wildcard modeltorch/*.py) \
+    $(shell find tests/ascend_host -name '*.cpp' -o -name '*.h' -o -name '*.map') tests/ascend_host/Makefile
+	$(MAKE) -f tests/ascend_host/Makefile PYTHON=$(ASCEND_BIN)/python
+	env $(ASCEND_ENV) MODELTORCH_ASCEND=1 $(ASCEND_BIN)/python setup.py --quiet build \
+	    --build-base $(ASCEND_HOST)/python --build-lib $(ASCEND_HOST)/package
+	touch $@
+
 clean:
-	rm -rf build $(VENV) modeltorch/*.so compile_commands.json
+	rm -rf build $(VENV) $(ASCEND_VENV) modeltorch/*.so compile_commands.json

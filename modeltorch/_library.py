@@ -48,7 +48,7 @@ def _load(path: Path) -> None:
     try:
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
-        if "libtorch_npu" not in str(error):
+        if "libtorch_npu" not in f"{error} {error.__cause__}":
             raise
         import torch_npu  # noqa: F401  its libraries are what was missing
 

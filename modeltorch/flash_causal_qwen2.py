@@ -102,7 +102,7 @@ class FlashQwen2ForCausalLM:
         Args:
             config: a transformers Qwen2Config, or anything with its attributes.
             weights: tensors by checkpoint name. Those of the right dtype and device are used as they are.
-            device: where to run; only "cpu" today.
+            device: where to run: "cpu", or "npu" in a build with Ascend (docs/ascend.md).
             dtype: "bfloat16", "float16" or "float32", the type of weights, cache and activations.
             tokenizer: a transformers tokenizer, or None: then prompts must be token lists.
             stop_tokens: ids that end an answer.
@@ -119,9 +119,9 @@ class FlashQwen2ForCausalLM:
         try:
             self.device = torch.device(device)
         except (RuntimeError, TypeError) as error:
-            raise ValueError(f"device must be cpu, got {device!r}") from error
-        if self.device.type != "cpu":
-            raise NotImplementedError(f"device must be cpu, got {self.device}: other devices are not built")
+            raise ValueError(f"device must be cpu, or npu with torch_npu, got {device!r}") from error
+        if self.device.type not in ("cpu", "npu"):
+            raise NotImplementedError(f"device must be cpu or npu, got {self.device}: other devices are not built")
         self.dtype = _checked_dtype(dtype)
         self.tokenizer = tokenizer
         self.stop_tokens = stop_tokens
@@ -132,8 +132,9 @@ class FlashQwen2ForCausalLM:
         self.head_size: int = getattr(config, "head_dim", None) or self.hidden_size // self.num_heads
         self.vocab_size: int = config.vocab_size
         self.max_positions: int = config.max_position_embeddings
-        self.cos_table, self.sin_table = rope_tables(config, self.head_size, self.dtype)
-        self.placeholder = torch.ones(1, dtype=self.dtype)
+        cos, sin = rope_tables(config, self.head_size, self.dtype)
+        self.cos_table, self.sin_table = cos.to(self.device), sin.to(self.device)
+        self.placeholder = torch.ones(1, dtype=self.dtype).to(self.device)
         self.ascend_weight: list[torch.Tensor] = []
         self._weights = weights
         self._bound_cache: list[torch.Tensor] = []
@@ -234,7 +235,7 @@ class FlashQwen2ForCausalLM:
                 raise ValueError(f"the checkpoint lacks the tensor {name}")
             tensor = self._weights[name]
             self._check_shape(name, tensor, spec["shape"])
-            weights[spec["slot"]] = tensor.to(device=self.device, dtype=self.dtype)
+            weights[spec["slot"]] = tensor.to(self.dtype).to(self.device)
         return weights
 
     def _check_shape(self, name: str, tensor: torch.Tensor, shape: list[int | str]) -> None:
@@ -300,7 +301,7 @@ class FlashQwen2ForCausalLM:
         if not is_prefill:
             lm_head_indices = self.placeholder
         elif lm_head_indices is None:
-            lm_head_indices = torch.arange(input_ids.shape[0], dtype=torch.int64, device=self.device)
+            lm_head_indices = torch.arange(input_ids.shape[0], dtype=torch.int64)
         inputs = [
             input_ids,
             position_ids.to(torch.int64),
@@ -315,7 +316,7 @@ class FlashQwen2ForCausalLM:
             lm_head_indices.to(torch.int64) if is_prefill else lm_head_indices,
             self.placeholder,
         ]
-        return inputs, json.dumps({"seqLen": input_lengths.tolist()})
+        return [tensor.to(self.device) for tensor in inputs], json.dumps({"seqLen": input_lengths.tolist()})
 
     def execute_ascend_operator(self, acl_inputs: list[torch.Tensor], acl_param: str, is_prefill: bool) -> torch.Tensor:
         """Runs a prepared step; returns the logits."""

@@ -97,7 +97,7 @@ class NpuSession final : public DeviceSession {
   std::vector<NpuMemory> outgrown_;  ///< workspaces that launches under way still use
   std::vector<void*>
       spilled_;  ///< workspaces that a pipelined step needed beyond that, from the driver itself
-  size_t largest_workspace_ = 0;  ///< that any step asked for
+  size_t largest_workspace_ = 0;           ///< that any step asked for
   bool in_pipeline_ = false;               ///< the launches of this step wait for what sets them up
   std::set<const Plan*> pipelined_plans_;  ///< plans that have run before
   std::map<DType, NpuMemory> masks_;

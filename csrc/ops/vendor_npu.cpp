@@ -3,6 +3,7 @@
 #include <atb/utils.h>
 
 #include <string>
+#include <utility>
 
 namespace modeltorch {
 namespace {
@@ -50,11 +51,22 @@ bool has_empty_tensor(const KernelArgs& args) {
   return false;
 }
 
-void check_vendor(int64_t status, const atb::Operation& operation, const char* call) {
-  if (status == 0) return;
-  const char* message = aclGetRecentErrMsg();
-  fail(ErrorKind::kRuntime, operation.GetName(), ": the vendor's ", call, " returned ", status,
-       message == nullptr || *message == 0 ? "" : ": ", message == nullptr ? "" : message);
+std::string describe(const atb::Tensor& tensor) {
+  std::string text;
+  for (const auto& [dtype, name] : {std::pair{ACL_FLOAT16, "float16"}, std::pair{ACL_BF16, "bfloat16"},
+                                    std::pair{ACL_INT32, "int32"}, std::pair{ACL_INT64, "int64"}}) {
+    if (tensor.desc.dtype == dtype) text = name;
+  }
+  for (uint64_t axis = 0; axis < tensor.desc.shape.dimNum; ++axis) {
+    text += (axis == 0 ? "[" : ", ") + std::to_string(tensor.desc.shape.dims[axis]);
+  }
+  return text + (tensor.desc.format == ACL_FORMAT_FRACTAL_NZ ? "] in tiles" : "]");
+}
+
+std::string describe(const std::vector<atb::Tensor>& tensors) {
+  std::string text;
+  for (const atb::Tensor& tensor : tensors) text += (text.empty() ? "" : ", ") + describe(tensor);
+  return text;
 }
 
 }  // namespace
@@ -69,7 +81,7 @@ void NpuKernel::prepare(const KernelArgs& args) {
   for (Call& call : calls_) {
     call.workspace_bytes = 0;
     const int64_t status = call.operation->Setup(call.tensors, call.workspace_bytes, session_.context());
-    check_vendor(status, *call.operation, "Setup");
+    if (status != 0) fail_at(call, "Setup", status);
     call.workspace = call.workspace_bytes == 0 ? nullptr : session_.workspace(call.workspace_bytes);
   }
 }
@@ -79,16 +91,25 @@ void NpuKernel::run(const KernelArgs&) {
   for (Call& call : calls_) {
     const int64_t status =
         call.operation->Execute(call.tensors, call.workspace, call.workspace_bytes, session_.context());
-    check_vendor(status, *call.operation, "Execute");
+    if (status != 0) fail_at(call, "Execute", status);
   }
 }
 
-void NpuKernel::set(size_t call, std::initializer_list<atb::Tensor> inputs,
+void NpuKernel::fail_at(const Call& call, const char* function, int64_t status) {
+  const char* message = aclGetRecentErrMsg();
+  fail(ErrorKind::kRuntime, call.operation->GetName(), ": the vendor's ", function, " returned ", status,
+       " for (", describe(call.inputs), ") -> (", describe(call.outputs), ")",
+       message == nullptr || *message == 0 ? "" : ": ", message == nullptr ? "" : message);
+}
+
+void NpuKernel::set(size_t index, std::initializer_list<atb::Tensor> inputs,
                     std::initializer_list<atb::Tensor> outputs) {
-  atb::VariantPack tensors;
-  for (const atb::Tensor& tensor : inputs) tensors.inTensors.push_back(tensor);
-  for (const atb::Tensor& tensor : outputs) tensors.outTensors.push_back(tensor);
-  calls_[call].tensors = tensors;
+  Call& call = calls_[index];
+  call.inputs = inputs;
+  call.outputs = outputs;
+  call.tensors = {};
+  for (const atb::Tensor& tensor : inputs) call.tensors.inTensors.push_back(tensor);
+  for (const atb::Tensor& tensor : outputs) call.tensors.outTensors.push_back(tensor);
 }
 
 atb::Tensor vendor_tensor(const TensorView& view, const Dims& dims) {

@@ -46,8 +46,8 @@ class NpuKernel : public Kernel {
   /// Describes the tensors of every vendor operation for one step: call set() for each.
   virtual void bind(const KernelArgs& args) = 0;
 
-  /// The tensors of vendor operation number `call`, in the vendor's order.
-  void set(size_t call, std::initializer_list<atb::Tensor> inputs,
+  /// The tensors of vendor operation number `index`, in the vendor's order.
+  void set(size_t index, std::initializer_list<atb::Tensor> inputs,
            std::initializer_list<atb::Tensor> outputs);
 
  private:
@@ -57,10 +57,14 @@ class NpuKernel : public Kernel {
 
   struct Call {
     std::unique_ptr<atb::Operation, Destroy> operation;
+    std::vector<atb::Tensor> inputs;  ///< what `tensors` holds, for messages
+    std::vector<atb::Tensor> outputs;
     atb::VariantPack tensors;
     uint64_t workspace_bytes = 0;
     uint8_t* workspace = nullptr;
   };
+
+  [[noreturn]] static void fail_at(const Call& call, const char* function, int64_t status);
 
   NpuSession& session_;
   DType dtype_;

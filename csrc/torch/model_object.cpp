@@ -46,7 +46,8 @@ Model& ModelObject::model() {
   return *state_.model;
 }
 
-// Where launches of the last step are still under way, waits until the host has made them; their error comes here.
+// Where launches of the last step are still under way, waits until the host has made them; their error comes
+// here.
 void ModelObject::settle() {
   if (!state_.runner || !state_.runner->pending()) return;
   const std::vector<at::Tensor> until_settled = std::move(state_.in_flight);
@@ -84,7 +85,7 @@ int64_t ModelObject::set_weight(const std::vector<at::Tensor>& weights) {
     }
     const std::vector<GivenTensor> given = describe(held);
     target.accept_weights(given);
-    const c10::DeviceGuard on_device(torch_device_of(target.device()));
+    const c10::OptionalDeviceGuard on_device(current_device_for(target.device()));
     state_.runner = std::make_unique<GraphRunner>(target.build_graph(), target.input_rows(), target.device());
     state_.runner->bind_weights(views_of(given));
     state_.arena = std::make_unique<TensorArena>(target.device());
@@ -133,7 +134,7 @@ Step ModelObject::prepare(const std::vector<at::Tensor>& inputs, const std::stri
 
 void ModelObject::run(const Step& step, const std::vector<at::Tensor>& outputs) {
   const std::vector<TensorView> views = views_of(describe(outputs));
-  const c10::DeviceGuard on_device(torch_device_of(model().device()));
+  const c10::OptionalDeviceGuard on_device(current_device_for(model().device()));
   state_.runner->run(step.inputs, views, step.info, *state_.arena);
 }
 
@@ -177,7 +178,8 @@ int64_t ModelObject::set_format_to_nz(int64_t slot) {
     settle();
     const Model& target = model();
     if (!state_.runner) fail(ErrorKind::kRuntime, "set_weight must come before set_format_to_nz");
-    check(slot >= 0 && slot < target.weight_count(), "the slot must be in [0, ", target.weight_count(), "), got ", slot);
+    check(slot >= 0 && slot < target.weight_count(), "the slot must be in [0, ", target.weight_count(),
+          "), got ", slot);
     if (target.device().type != DeviceType::kNpu) {
       fail(ErrorKind::kNotImplemented, "only weights on Ascend have formats, these are on ", target.device());
     }

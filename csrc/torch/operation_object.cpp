@@ -20,8 +20,8 @@ OperationObject::OperationObject(const std::string& name, const c10::Dict<std::s
 
 namespace {
 
-// An operation alone has no parameters of a step, yet kernels of some devices read the sequence lengths on the host:
-// they are the last input of every operation that has them, int32 [B].
+// An operation alone has no parameters of a step, yet kernels of some devices read the sequence lengths on
+// the host: they are the last input of every operation that has them, int32 [B].
 StepInfo step_of(const std::vector<at::Tensor>& inputs) {
   StepInfo step;
   const at::Tensor& last = inputs.back();

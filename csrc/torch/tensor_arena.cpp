@@ -15,7 +15,7 @@ std::byte* TensorArena::reserve(size_t bytes) {
     stream_.reset();
     ++allocations_;
   }
-  if (device_.type != DeviceType::kCpu) tell_stream();
+  if (current_device_for(device_)) tell_stream();
   return static_cast<std::byte*>(memory_.data_ptr());
 }
 

@@ -56,12 +56,19 @@ Format (*installed_format_reader)(const at::Tensor& tensor) = nullptr;
 
 }  // namespace
 
-void set_format_reader(Format (*reader)(const at::Tensor& tensor)) { installed_format_reader = reader; }
+void set_format_reader(Format (*reader)(const at::Tensor& tensor)) {
+  installed_format_reader = reader;
+}
 
 at::Device torch_device_of(Device device) {
   if (device.type == DeviceType::kCpu) return at::kCPU;
   const at::DeviceType type = device.type == DeviceType::kCuda ? at::kCUDA : at::kPrivateUse1;
   return {type, static_cast<at::DeviceIndex>(device.index)};
+}
+
+std::optional<at::Device> current_device_for(Device device) {
+  if (device.type != DeviceType::kCuda && device.type != DeviceType::kNpu) return std::nullopt;
+  return torch_device_of(device);
 }
 
 GivenTensor describe(const at::Tensor& tensor) {

@@ -62,7 +62,7 @@ def test_a_failed_setup_names_the_node(runner, node):
         runner,
         step,
         r"qwen_PAModel\.execute \[DecoderModel_Prefill\]",
-        r"node [\w.]+ \(\w+\): \w+Operation: the vendor's Setup returned 1: .*told to fail here",
+        r"node [\w.]+ \(\w+\): \w+Operation: the vendor's Setup returned 1 for \(.*\) -> \(.*\): .*told to fail here",
     )
     works(runner, step, expected)
 
@@ -73,7 +73,7 @@ def test_a_failed_launch_names_the_node(runner, node):
     expected = runner.encoder.execute(*step)[0].cpu()
     inject("execute", skip=node)
     fails = fails_in_the_call if IN_LINE else fails_at_the_next_call
-    fails(runner, step, r"node [\w.]+ \(\w+\): \w+Operation: the vendor's Execute returned 7: .*told to fail here")
+    fails(runner, step, r"node [\w.]+ \(\w+\): \w+Operation: the vendor's Execute returned 7 for \(.*told to fail here")
     works(runner, step, expected)
 
 

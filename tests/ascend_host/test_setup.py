@@ -1,0 +1,72 @@
+"""setup.py with MODELTORCH_ASCEND=1: one sentence about what is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HOME = ROOT / "build" / "ascend_host"
+READ_PATHS = "import sys; sys.argv[1:] = ['--name']; import runpy; runpy.run_path('setup.py')"
+
+
+def set_up(**environment: str | None) -> subprocess.CompletedProcess[str]:
+    """Runs setup.py as far as its settings."""
+    merged = {**os.environ, "MODELTORCH_ASCEND": "1", "ATB_HOME_PATH": str(HOME), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", READ_PATHS],
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in merged.items() if value is not None},
+        cwd=ROOT,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A folder laid out like the vendor's, without its library."""
+    (tmp_path / "include" / "atb").mkdir(parents=True)
+    (tmp_path / "include" / "atb" / "atb_infer.h").write_text("")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libascendcl.so").write_text("")
+    return tmp_path
+
+
+def test_everything_is_found():
+    ran = set_up()
+    assert ran.returncode == 0, ran.stderr
+    assert "modeltorch" in ran.stdout
+
+
+def test_the_vendors_folder_is_asked_for():
+    ran = set_up(ATB_HOME_PATH=None)
+    assert ran.returncode != 0
+    assert ran.stderr.strip().splitlines()[-1].startswith("MODELTORCH_ASCEND=1 needs ATB_HOME_PATH")
+
+
+def test_a_folder_without_the_library_is_told(home):
+    ran = set_up(ATB_HOME_PATH=str(home))
+    assert f"ATB_HOME_PATH is {home}, but {home}/lib/libatb.so does not exist" in ran.stderr
+
+
+def test_another_abi_is_told(home):
+    (home / "lib" / "libatb.so").write_bytes(b"\x7fELF _ZN3atb9Operation7GetNameEv Ss")
+    ran = set_up(ATB_HOME_PATH=str(home))
+    assert "was built with C++ ABI 0, this torch with 1: source the library's set_env.sh with --cxx_abi=1" in ran.stderr
+
+
+def test_a_missing_toolkit_is_told(home):
+    (home / "lib" / "libatb.so").write_bytes(b"NSt7__cxx1112basic_string")
+    (home / "lib" / "libascendcl.so").unlink()
+    ran = set_up(ATB_HOME_PATH=str(home), ASCEND_HOME_PATH=None)
+    assert "needs libascendcl.so, looked for in ASCEND_HOME_PATH/lib64" in ran.stderr
+
+
+def test_a_build_without_ascend_asks_for_nothing():
+    assert set_up(MODELTORCH_ASCEND=None, ATB_HOME_PATH=None).returncode == 0
