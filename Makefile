@@ -11,7 +11,8 @@ ASCEND_BIN := $(ASCEND_VENV)/bin
 ASCEND_HOST := $(CURDIR)/build/ascend_host
 ASCEND_ENV := ASCEND_HOST=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0 ATB_HOME_PATH=$(ASCEND_HOST) \
     LD_LIBRARY_PATH=$(ASCEND_HOST)/lib PYTHONPATH=$(ASCEND_HOST)/package
-ASCEND_TEST := $(ASCEND_BIN)/pytest tests/ascend_host
+ASCEND_TEST := $(ASCEND_BIN)/pytest
+ASCEND_TESTS := tests/ascend_host
 
 .PHONY: demo test test-all test-cpp test-ascend sanitize kernels lint format clean
 
@@ -30,11 +31,13 @@ test-cpp: $(VENV)/.installed
 	PYTHON=$(BIN)/python tests/cpp/run.sh plain
 
 test-ascend: $(ASCEND_VENV)/.built  ## device npu without an NPU, in every way to launch and on an older chip
-	env $(ASCEND_ENV) ATB_OPERATION_EXECUTE_ASYNC=1 $(ASCEND_TEST)
-	for mode in ATB_OPERATION_EXECUTE_ASYNC=0 ATB_OPERATION_EXECUTE_ASYNC=2 TASK_QUEUE_ENABLE=0 \
-	    ASCEND_LAUNCH_BLOCKING=1 "ATB_OPERATION_EXECUTE_ASYNC=2 PER_STREAM_QUEUE=1" \
-	    ASCEND_HOST_SOC=Ascend310P3; do \
-	  echo "== $$mode"; env $(ASCEND_ENV) ASCEND_HOST_FEW=1 $$mode $(ASCEND_TEST) || exit 1; done
+	env $(ASCEND_ENV) ATB_OPERATION_EXECUTE_ASYNC=1 $(ASCEND_TEST) $(ASCEND_TESTS)
+	@for mode in ATB_OPERATION_EXECUTE_ASYNC=0 ATB_OPERATION_EXECUTE_ASYNC=2 TASK_QUEUE_ENABLE=0 \
+	    ASCEND_LAUNCH_BLOCKING=1 "ATB_OPERATION_EXECUTE_ASYNC=2 PER_STREAM_QUEUE=1"; do \
+	  echo "== $$mode"; env $(ASCEND_ENV) ASCEND_HOST_FEW=1 $$mode \
+	    $(ASCEND_TEST) $(ASCEND_TESTS)/test_model.py $(ASCEND_TESTS)/test_faults.py || exit 1; done
+	env $(ASCEND_ENV) ASCEND_HOST_FEW=1 ASCEND_HOST_SOC=Ascend310P3 $(ASCEND_TEST) $(ASCEND_TESTS)/test_model.py \
+	    $(ASCEND_TESTS)/test_operations_alone.py $(ASCEND_TESTS)/test_front_end.py
 
 sanitize: $(VENV)/.installed  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	PYTHON=$(BIN)/python tests/cpp/run.sh sanitize

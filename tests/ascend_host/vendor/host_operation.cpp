@@ -202,10 +202,13 @@ namespace {
 
 constexpr int64_t kTile = 16;
 
-// Calls visit(offset in tiles, offset in the row-major copy) for every element of a batch of matrices.
+// Calls visit(offset in tiles, offset in the row-major copy) for every element of a batch of matrices. A
+// tensor that is described by its tiles, [.., rows, 16], has no padding; a matrix that is described by its
+// size has.
 template <class Visit>
-void each_element(int64_t matrices, int64_t rows, int64_t columns, Visit visit) {
-  const int64_t padded_rows = (rows + kTile - 1) / kTile * kTile;
+void each_element(const TensorView& view, int64_t rows, int64_t columns, Visit visit) {
+  const int64_t matrices = view.dims.count() / (rows * columns);
+  const int64_t padded_rows = view.dims.rank() == 4 ? rows : (rows + kTile - 1) / kTile * kTile;
   const int64_t tiled_size = (columns + kTile - 1) / kTile * kTile * padded_rows;
   for (int64_t matrix = 0; matrix < matrices; ++matrix) {
     for (int64_t row = 0; row < rows; ++row) {
@@ -221,10 +224,9 @@ void each_element(int64_t matrices, int64_t rows, int64_t columns, Visit visit) 
 
 std::vector<std::byte> to_plain(const TensorView& view, int64_t rows, int64_t columns) {
   const size_t element = modeltorch::dtype_size(view.dtype);
-  const int64_t matrices = view.dims.count() / (rows * columns);
-  std::vector<std::byte> plain(matrices * rows * columns * element);
+  std::vector<std::byte> plain(view.dims.count() * element);
   const auto* tiled = static_cast<const std::byte*>(view.data);
-  each_element(matrices, rows, columns, [&](int64_t from, int64_t to) {
+  each_element(view, rows, columns, [&](int64_t from, int64_t to) {
     std::memcpy(plain.data() + to * element, tiled + from * element, element);
   });
   return plain;
@@ -233,7 +235,7 @@ std::vector<std::byte> to_plain(const TensorView& view, int64_t rows, int64_t co
 void from_plain(const std::vector<std::byte>& plain, const TensorView& view, int64_t rows, int64_t columns) {
   const size_t element = modeltorch::dtype_size(view.dtype);
   auto* tiled = static_cast<std::byte*>(view.data);
-  each_element(view.dims.count() / (rows * columns), rows, columns, [&](int64_t to, int64_t from) {
+  each_element(view, rows, columns, [&](int64_t to, int64_t from) {
     std::memcpy(tiled + to * element, plain.data() + from * element, element);
   });
 }
