@@ -84,11 +84,11 @@ def _operations(dtype: torch.dtype) -> Iterator[tuple[str, str, dict[str, float]
     for transposed in (1, 0):
         weight = normal(128, 256) if transposed else normal(256, 128)
         layout = "[n, k]" if transposed else "[k, n]"
-        parameters = {"transposed": transposed, "has_bias": 0, "parts": 1}
+        parameters: dict[str, float] = {"transposed": transposed, "has_bias": 0, "parts": 1}
         yield f"Linear {layout}", "Linear", parameters, [normal(5, 256), weight]
         parameters = {"transposed": transposed, "has_bias": 1, "parts": 1}
         yield f"Linear {layout} with bias", "Linear", parameters, [normal(5, 256), weight, normal(128)]
-    parts = {"transposed": 1, "has_bias": 0, "parts": 2}
+    parts: dict[str, float] = {"transposed": 1, "has_bias": 0, "parts": 2}
     yield "Linear of two parts", "Linear", parts, [normal(5, 256), normal(128, 256), normal(64, 256)]
     heads = {key: attention[key] for key in ("heads", "kv_heads", "head_size")}
     yield "SplitQkv", "SplitQkv", heads, [normal(5, 512)]

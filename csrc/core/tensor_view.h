@@ -40,7 +40,7 @@ struct TensorDesc {
 /// How the elements of a tensor lie in memory.
 enum class Format : uint8_t {
   kPlain,      ///< row-major
-  kFractalNz,  ///< Ascend: the last two dimensions in tiles of 16 rows by 32 bytes, a column of tiles after the other
+  kFractalNz,  ///< Ascend: matrices in tiles of 16 rows by 32 bytes, column of tiles by column of tiles
 };
 
 /// A contiguous tensor in memory that somebody else owns.

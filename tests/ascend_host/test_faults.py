@@ -12,6 +12,7 @@ import torch
 from reference import Runner, Shape, random_model
 from stand_in import BLOCKING, IN_LINE, MODE, count, inject, pending
 
+
 @pytest.fixture
 def runner() -> Runner:
     """A model that has answered [1, 2, 3] and one more token, so that its plans are made."""

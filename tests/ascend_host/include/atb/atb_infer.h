@@ -40,10 +40,6 @@ struct ConcatParam {
   int concatDim = 0;
 };
 
-struct TransposeParam {
-  SVector<int32_t> perm;
-};
-
 struct ActivationParam {
   ActivationType activationType = ACTIVATION_UNDEFINED;
   int32_t dim = -1;
