@@ -43,6 +43,8 @@ struct TensorView {
   DType dtype = DType::kFloat32;
   Dims dims;
 
+  size_t bytes() const { return static_cast<size_t>(dims.count()) * dtype_size(dtype); }
+
   template <class T>
   T* as() const {
     return static_cast<T*>(data);

@@ -9,6 +9,7 @@
 #include "core/device.h"
 #include "core/tensor_view.h"
 #include "graph/operation.h"
+#include "graph/packing.h"
 
 namespace modeltorch {
 
@@ -50,6 +51,8 @@ struct KernelSetup {
   const std::vector<TensorDesc>& inputs;
   const std::vector<TensorDesc>& outputs;
   Device device;
+  PackedWeightPtr packed =
+      nullptr;  ///< stands for the inputs that the packer replaced; their views have no data
 };
 
 using KernelFactory = std::unique_ptr<Kernel> (*)(const KernelSetup& setup);

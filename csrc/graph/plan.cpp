@@ -31,10 +31,10 @@ int64_t bucket_size(int64_t count) {
 }
 
 Plan::Plan(const Graph& graph, const Bucket& bucket, const Bindings& bindings,
-           std::span<const Rows> input_rows, Device device)
+           std::span<const Rows> input_rows, std::span<const PackedWeightPtr> packed, Device device)
     : graph_(graph), bucket_(bucket), descs_(graph.values.size()), views_(graph.values.size()) {
   infer_shapes(bindings, input_rows);
-  set_up_kernels(device);
+  set_up_kernels(packed, device);
   plan_arena();
 }
 
@@ -59,8 +59,9 @@ void Plan::infer_shapes(const Bindings& bindings, std::span<const Rows> input_ro
   }
 }
 
-void Plan::set_up_kernels(Device device) {
-  for (const Node& node : graph_.nodes) {
+void Plan::set_up_kernels(std::span<const PackedWeightPtr> packed, Device device) {
+  for (size_t index = 0; index < graph_.nodes.size(); ++index) {
+    const Node& node = graph_.nodes[index];
     std::vector<TensorDesc> inputs;
     std::vector<TensorDesc> outputs;
     NodeRun run;
@@ -75,7 +76,7 @@ void Plan::set_up_kernels(Device device) {
     try {
       const KernelFactory factory = find_kernel(node.operation->name(), device.type);
       if (factory == nullptr) fail(ErrorKind::kNotImplemented, "no kernel for device ", device);
-      run.kernel = factory({*node.operation, inputs, outputs, device});
+      run.kernel = factory({*node.operation, inputs, outputs, device, packed[index]});
     } catch (const Error& error) {
       rethrow_at(node, error);
     }

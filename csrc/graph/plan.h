@@ -42,9 +42,9 @@ int64_t bucket_size(int64_t count);
 class Plan {
  public:
   /// Infers every shape once, plans the arena and sets every kernel up. `input_rows` has an entry per input
-  /// slot.
+  /// slot, `packed` one per node (null where a node's weights are not packed).
   Plan(const Graph& graph, const Bucket& bucket, const Bindings& bindings, std::span<const Rows> input_rows,
-       Device device);
+       std::span<const PackedWeightPtr> packed, Device device);
 
   const Bucket& bucket() const { return bucket_; }
   size_t arena_bytes() const { return memory_.arena_bytes; }
@@ -68,7 +68,7 @@ class Plan {
   };
 
   void infer_shapes(const Bindings& bindings, std::span<const Rows> input_rows);
-  void set_up_kernels(Device device);
+  void set_up_kernels(std::span<const PackedWeightPtr> packed, Device device);
   void plan_arena();
   void place_in_arena(std::byte* arena);
   void run_node(size_t index, const StepInfo& step, bool traced);

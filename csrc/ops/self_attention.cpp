@@ -68,7 +68,7 @@ class SelfAttentionCpu final : public Kernel {
 
 std::unique_ptr<Kernel> make(const KernelSetup& setup) {
   const AttentionShape& shape = dynamic_cast<const SelfAttention&>(setup.operation).shape;
-  return make_cpu_kernel<SelfAttentionCpu>(setup, shape);
+  return make_typed_kernel<SelfAttentionCpu>(setup, shape);
 }
 
 const bool registered = register_kernel(SelfAttention::kName, DeviceType::kCpu, make);

@@ -1,0 +1,48 @@
+#include "ops/panels.h"
+
+#include "core/cpu_level.h"
+
+namespace modeltorch {
+
+#if defined(__x86_64__)
+
+namespace level_avx512_bf16 {
+extern const PanelKernels kPanelKernels;
+}
+namespace level_amx {
+extern const PanelKernels kPanelKernels;
+}
+
+const PanelKernels* panel_kernels() {
+  if (cpu_level() >= CpuLevel::kAmx) return &level_amx::kPanelKernels;
+  if (cpu_level() >= CpuLevel::kAvx512Bf16) return &level_avx512_bf16::kPanelKernels;
+  return nullptr;
+}
+
+#else
+
+const PanelKernels* panel_kernels() {
+  return nullptr;
+}
+
+#endif
+
+void pack_panel(const PanelSource (&rows)[kPanelRows], int64_t k, BFloat16* panel) {
+  for (int64_t j = 0; j < k; j += 2) {
+    for (const PanelSource& row : rows) {
+      panel[0] = row.data == nullptr ? BFloat16(0.0f) : row.data[j * row.stride];
+      panel[1] = row.data == nullptr ? BFloat16(0.0f) : row.data[(j + 1) * row.stride];
+      panel += 2;
+    }
+  }
+}
+
+void unpack_panel_row(const BFloat16* panels, int64_t row, int64_t k, BFloat16* out) {
+  const BFloat16* from = panels + row / kPanelRows * kPanelRows * k + row % kPanelRows * 2;
+  for (int64_t pair = 0; pair < k / 2; ++pair) {
+    out[2 * pair] = from[pair * 2 * kPanelRows];
+    out[2 * pair + 1] = from[pair * 2 * kPanelRows + 1];
+  }
+}
+
+}  // namespace modeltorch
