@@ -37,6 +37,17 @@ void pack_panel(const PanelSource (&rows)[kPanelRows], int64_t k, BFloat16* pane
   }
 }
 
+void pack_columns(const BFloat16* source, int64_t row_stride, int64_t k, BFloat16* panel) {
+  for (int64_t j = 0; j < k; j += 2, panel += 2 * kPanelRows) {
+    const BFloat16* even = source + j * row_stride;
+    const BFloat16* odd = even + row_stride;
+    for (int64_t lane = 0; lane < kPanelRows; ++lane) {
+      panel[2 * lane] = even[lane];
+      panel[2 * lane + 1] = j + 1 < k ? odd[lane] : BFloat16(0.0f);
+    }
+  }
+}
+
 void unpack_panel_row(const BFloat16* panels, int64_t row, int64_t k, BFloat16* out) {
   const BFloat16* from = panels + row / kPanelRows * kPanelRows * k + row % kPanelRows * 2;
   for (int64_t pair = 0; pair < k / 2; ++pair) {

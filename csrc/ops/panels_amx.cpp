@@ -156,9 +156,17 @@ void to_bfloat16(const PanelProduct& product, const BFloat16* bias, BFloat16* y,
   });
 }
 
+void soften(const SoftmaxRow& row, const float* scores, int64_t visible, int64_t count, BFloat16* weights) {
+  level_avx512_bf16::kPanelKernels.soften(row, scores, visible, count, weights);
+}
+
+void scale_to_bfloat16(const float* x, float scale, int64_t n, BFloat16* y) {
+  level_avx512_bf16::kPanelKernels.scale_to_bfloat16(x, scale, n, y);
+}
+
 }  // namespace
 
-extern const PanelKernels kPanelKernels = {to_float, to_bfloat16};
+extern const PanelKernels kPanelKernels = {to_float, to_bfloat16, soften, scale_to_bfloat16};
 
 }  // namespace level_amx
 }  // namespace modeltorch

@@ -41,6 +41,14 @@ static inline void multiply_tile(const PanelProduct& product, int64_t row, int64
   }
 }
 
+// The first `count` lanes of v (all, if there are no more; none, if count is below 1), and `other` in the
+// rest.
+static inline Vec first_lanes(Vec v, int64_t count, float other) {
+  const auto mask = static_cast<__mmask16>(count <= 0 ? 0 : (1u << (count < kLanes ? count : kLanes)) - 1);
+  return reinterpret_cast<Vec>(
+      _mm512_mask_blend_ps(mask, _mm512_set1_ps(other), reinterpret_cast<__m512>(v)));
+}
+
 struct FloatSink {
   bool accumulate;
   float* out;
@@ -137,7 +145,35 @@ static void to_bfloat16(const PanelProduct& product, const BFloat16* bias, BFloa
   run_product(product, BFloat16Sink{bias, y, y_stride});
 }
 
-extern const PanelKernels kPanelKernels = {to_float, to_bfloat16};
+static void soften(const SoftmaxRow& row, const float* scores, int64_t visible, int64_t count,
+                   BFloat16* weights) {
+  const Vec scale = splat(row.scale);
+  Vec best = splat(*row.maximum);
+  for (int64_t j = 0; j < visible; j += kLanes) {
+    const int64_t left = visible - j;
+    const Vec score = load(scores + j) * scale;
+    best = max_of(best, left >= kLanes ? score : first_lanes(score, left, -__builtin_inff()));
+  }
+  const float maximum = max_lane(best);
+  const float rescale = exp_of(splat(*row.maximum - maximum))[0];
+  Vec total{};
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const int64_t left = visible - j;
+    Vec weight = exp_of(load(scores + j) * scale - maximum);
+    if (left < kLanes) weight = first_lanes(weight, left, 0.0f);
+    store(weights + j, weight);
+    total += weight;
+  }
+  *row.maximum = maximum;
+  *row.sum = *row.sum * rescale + sum(total);
+  for (int64_t i = 0; i < row.d; i += kLanes) store(row.out + i, load(row.out + i) * rescale);
+}
+
+static void scale_to_bfloat16(const float* x, float scale, int64_t n, BFloat16* y) {
+  for (int64_t i = 0; i < n; i += kLanes) store(y + i, load(x + i) * scale);
+}
+
+extern const PanelKernels kPanelKernels = {to_float, to_bfloat16, soften, scale_to_bfloat16};
 
 }  // namespace level_avx512_bf16
 }  // namespace modeltorch
