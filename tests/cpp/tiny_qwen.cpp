@@ -104,7 +104,7 @@ Prompts prompts_of(int64_t count, int64_t tokens) {
 
 std::vector<GivenTensor> StepInputs::list(const InputOrder& order) const {
   std::vector<GivenTensor> given;
-  for (const DecoderInput input : order.positions) given.push_back({(*this)[input].view(), Device{}, true});
+  for (const DecoderInput input : order.positions) given.push_back({(*this)[input].view(), Device{}});
   return given;
 }
 
@@ -132,11 +132,11 @@ void TinyQwen::set_up(Phase& phase, bool is_prefill) {
   std::vector<GivenTensor> weights, keys, values;
   std::vector<TensorView> weight_views, cache_views;
   for (const Tensor& weight : weights_) {
-    weights.push_back({weight.view(), Device{}, true});
+    weights.push_back({weight.view(), Device{}});
     weight_views.push_back(weight.view());
   }
   for (size_t cache = 0; cache < caches_.size(); ++cache) {
-    (cache % 2 == 0 ? keys : values).push_back({caches_[cache].view(), Device{}, true});
+    (cache % 2 == 0 ? keys : values).push_back({caches_[cache].view(), Device{}});
     cache_views.push_back(caches_[cache].view());
   }
   phase.model->accept_weights(weights);
@@ -160,7 +160,8 @@ std::string TinyQwen::parameters(bool is_prefill) const {
                          {"hiddenSizePerAttentionHead", sizes_.head_size},
                          {"lmHeadTransposeType", type},
                          {"linearTransposeType", {types, types}},
-                         {"packQuantType", {{pack, pack}, {pack, pack}}}};
+                         {"packQuantType", {{pack, pack}, {pack, pack}}},
+                         {"linearQuantType", std::vector<std::vector<int>>(2, std::vector<int>(7, 0))}};
   if (layout_.current) {
     const nlohmann::json biases = {true, false, false, false};
     json.update({{"isUnpadInputs", true},
