@@ -8,7 +8,7 @@ namespace modeltorch {
 struct Environment {
   bool trace = false;  ///< MODELTORCH_TRACE=1: print node, shapes and microseconds to standard error
   std::string
-      cpu_level;  ///< MODELTORCH_CPU_LEVEL: generic, avx2 or avx512; empty takes the best of the machine
+      cpu_level;  ///< MODELTORCH_CPU_LEVEL: a name of core/cpu_level.h; empty takes the best
 };
 
 const Environment& environment();

@@ -3,8 +3,10 @@
 
 #include <bit>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 
+#include "core/cpu_level.h"
 #include "core/half_floats.h"
 #include "ops/add.h"
 #include "ops/add_rms_norm.h"
@@ -12,6 +14,7 @@
 #include "ops/reshape_and_cache.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
+#include "ops/rows.h"
 #include "ops/split_qkv.h"
 #include "ops/swiglu.h"
 #include "tensors.h"
@@ -58,6 +61,13 @@ void each_row_shape(Body&& body) {
 }
 
 }  // namespace
+
+// run.sh asks for every level in turn: a run must not quietly test another one.
+TEST(the_level_is_the_one_asked_for) {
+  const char* asked = std::getenv("MODELTORCH_CPU_LEVEL");
+  expect(asked == nullptr || *asked == '\0' || std::string(asked) == cpu_level_name(cpu_level()),
+         "the level is ", cpu_level_name(cpu_level()));
+}
 
 TEST(bfloat16_rounds_to_nearest_even) {
   const std::pair<uint32_t, uint16_t> cases[] = {
