@@ -260,9 +260,9 @@ TEST(sequence_lengths_of_the_parameters_are_checked) {
       const json length = json::parse(value);
       refuse({{"seqLen", {5, 3, length}}}, ErrorKind::kValue, "seqLen", "at least 1, got " + length.dump());
     }
-    refuse({{"seqLen", {5, 3}}}, ErrorKind::kValue, "input ");
-    refuse({{"seqLen", {5, 3, 1, 1}}}, ErrorKind::kValue, "input ");
-    refuse({{"seqLen", json::array()}}, ErrorKind::kValue, "input ");
+    refuse({{"seqLen", {5, 3}}}, ErrorKind::kValue, "seqLen has 2 entries", door.label(kSeqLen), "int32[3]");
+    refuse({{"seqLen", {5, 3, 1, 1}}}, ErrorKind::kValue, "seqLen has 4 entries", door.label(kSeqLen));
+    refuse({{"seqLen", json::array()}}, ErrorKind::kValue, "seqLen has 0 entries", door.label(kSeqLen));
     refuse({{"seqLen", {5, 2, 2}}}, ErrorKind::kValue, door.label(kSeqLen), "holds 3 at 1", "says 2");
     refuse({{"seqLen", {5, 3, 1}}, {"qLen", {5, 3, 1}}}, ErrorKind::kNotImplemented, "qLen");
     refuse({{"seqLen", {5, 3, 1}}, {"qLen", 3}}, ErrorKind::kNotImplemented, "qLen");

@@ -116,7 +116,8 @@ StepInputs decode_inputs(const StepSizes& sizes, const Prompts& prompts) {
   return inputs_of(sizes, prompts, false);
 }
 
-TinyQwen::TinyQwen(DType dtype, const TinyLayout& layout) : sizes_{.dtype = dtype}, layout_(layout) {
+TinyQwen::TinyQwen(DType dtype, const TinyLayout& layout)
+    : sizes_{.dtype = dtype, .head_size = 16}, layout_(layout) {
   for (int64_t cache = 0; cache < 2 * kLayers; ++cache) {
     caches_.emplace_back(dtype,
                          Dims{kMaxSequences * sizes_.width, sizes_.block_size, kKvHeads, sizes_.head_size});
@@ -144,6 +145,12 @@ void TinyQwen::set_up(Phase& phase, bool is_prefill) {
   phase.runner =
       std::make_unique<GraphRunner>(phase.model->build_graph(), phase.model->input_rows(), Device{});
   phase.runner->bind_weights(weight_views);
+  for (const GraphRunner::PackRequest& request : phase.runner->pack_requests()) {
+    if (request.packer->pack == nullptr) continue;
+    std::vector<TensorView> replaced;
+    for (const int32_t slot : request.slots) replaced.push_back(weight_views[slot]);
+    phase.runner->bind_packed(request, request.packer->pack(phase.runner->operation(request.node), replaced));
+  }
   phase.runner->bind_caches(cache_views);
 }
 

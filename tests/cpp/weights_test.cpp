@@ -151,7 +151,10 @@ TEST(every_slot_is_checked) {
     refuse([](GivenTensor& weight) { weight.view.dims.push_back(1); }, label, "must be [",
            concat("got ", DType::kFloat32));
     refuse([](GivenTensor& weight) { weight.view.dims = {1}; }, label, "must be [");
-    if (spec.name == "lm_head.weight") continue;  // the others are compared with it
+    refuse([](GivenTensor& weight) { weight.layout = Layout::kSparse; }, label, "contiguous", "sparse");
+    refuse([](GivenTensor& weight) { weight.view.dtype = DType::kInt8; }, label, "bfloat16 or float16",
+           "int8");
+    // One odd weight is blamed, not all the others, whatever its place in the list.
     refuse([](GivenTensor& weight) { weight.view.dtype = DType::kBFloat16; }, label, "must be float32",
            "bfloat16");
     refuse([](GivenTensor& weight) { weight.device = {DeviceType::kCuda, 1}; }, label, "must be on cpu",
@@ -264,14 +267,16 @@ TEST(caches_are_checked) {
             "[blocks, block_size, 2, 8]");
       }
       refuse(is_key, layer, [](GivenTensor& cache) { cache.layout = Layout::kStrided; }, label, "contiguous");
-      if (is_key && layer == 0) continue;  // the others are compared with it
       refuse(
-          is_key, layer, [](GivenTensor& cache) { cache.view.dims[0] = 8; }, label, "key cache 0",
-          "[7, 16, 2, 8]");
-      refuse(is_key, layer, [](GivenTensor& cache) { cache.view.dtype = DType::kInt8; }, label, "int8");
+          is_key, layer, [](GivenTensor& cache) { cache.view.dtype = DType::kInt8; }, label, "float32",
+          "int8");
       refuse(
           is_key, layer, [](GivenTensor& cache) { cache.device = {DeviceType::kNpu, 0}; }, label, "cpu",
           "npu:0");
+      if (is_key && layer == 0) continue;  // the shapes of the others are compared with its
+      refuse(
+          is_key, layer, [](GivenTensor& cache) { cache.view.dims[0] = 8; }, label, "key cache 0",
+          "[7, 16, 2, 8]");
     }
   }
   const Dims huge{int64_t{1} << 28, 16, kKvHeads, kHeadSize};
@@ -292,6 +297,12 @@ TEST(a_refused_cache_changes_nothing) {
   prepare();  // slot 2 would not fit the small cache
   model->accept_caches(small, small);
   expect_throws([&] { prepare(); }, ErrorKind::kValue, "slots", "holds 2");
+}
+
+// Weights and caches come in any order: whichever is second must fit the first.
+TEST(caches_and_weights_must_fit_each_other) {
+  const std::unique_ptr<Model> model = model_with();
+  model->accept_weights(weights_for(*model));
   const auto bfloat16 = caches(good_cache(), DType::kBFloat16);
   expect_throws([&] { model->accept_caches(bfloat16, bfloat16); }, ErrorKind::kValue, "key cache 0",
                 "bfloat16", "must be float32 as the weights are");
@@ -299,6 +310,22 @@ TEST(a_refused_cache_changes_nothing) {
   caches_first->accept_caches(bfloat16, bfloat16);
   expect_throws([&] { caches_first->accept_weights(weights_for(*caches_first)); }, ErrorKind::kValue,
                 "must be bfloat16", "as the caches are", "float32");
+  const auto float32 = caches(good_cache());
+  caches_first->accept_caches(float32, float32);
+  caches_first->accept_weights(weights_for(*caches_first));
+
+  const std::unique_ptr<Model> empty = model_with();
+  for (const DType dtype : {DType::kInt8, DType::kOther}) {
+    const auto odd = caches(good_cache(), dtype);
+    expect_throws([&] { empty->accept_caches(odd, odd); }, ErrorKind::kValue, "key cache 0",
+                  dtype_name(dtype));
+  }
+  for (const DeviceType device : {DeviceType::kMeta, DeviceType::kOther}) {
+    auto nowhere = float32;
+    for (GivenTensor& cache : nowhere) cache.device = {device, 0};
+    expect_throws([&] { empty->accept_caches(nowhere, nowhere); }, ErrorKind::kValue, "key cache 0",
+                  "memory");
+  }
 }
 
 TEST(models_are_found_by_name) {
