@@ -65,38 +65,43 @@ class SafetensorsWeights(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: dict[str, Any] = {}
+        self._files: dict[str, str]
+        if (folder / _INDEX).exists():
+            self._files = _read_json(folder / _INDEX).get("weight_map") or {}
+            if not self._files:
+                raise ValueError(f"{folder / _INDEX} has no weight_map")
+        elif (folder / _SINGLE).exists():
+            self._files = dict.fromkeys(self._shard(_SINGLE).keys(), _SINGLE)
+        else:
+            raise FileNotFoundError(f"{folder} holds neither {_SINGLE} nor {_INDEX}")
+        for shard in sorted(set(self._files.values())):
+            if not (folder / shard).exists():
+                raise FileNotFoundError(f"{folder} lacks the shard {shard} that its index names")
+            names = {name for name, place in self._files.items() if place == shard}
+            lacking = names - set(self._shard(shard).keys())
+            if lacking:
+                raise ValueError(f"{folder / shard} lacks {min(lacking)}, which the index places there")
+
+    def _shard(self, name: str) -> Any:
         try:
             from safetensors import SafetensorError, safe_open
         except ImportError as error:
             raise _missing_extra(error) from error
-
-        def opened(name: str) -> Any:
+        if name not in self._open:
             try:
-                return safe_open(folder / name, framework="pt")
+                self._open[name] = safe_open(self._folder / name, framework="pt")
             except SafetensorError as error:
-                raise ValueError(f"{folder / name} is no whole safetensors file: {error}") from error
+                raise ValueError(f"{self._folder / name} is no whole safetensors file: {error}") from error
+        return self._open[name]
 
-        files: dict[str, str]
-        if (folder / _INDEX).exists():
-            files = _read_json(folder / _INDEX).get("weight_map") or {}
-            if not files:
-                raise ValueError(f"{folder / _INDEX} has no weight_map")
-        elif (folder / _SINGLE).exists():
-            files = dict.fromkeys(opened(_SINGLE).keys(), _SINGLE)
-        else:
-            raise FileNotFoundError(f"{folder} holds neither {_SINGLE} nor {_INDEX}")
-        for shard in sorted(set(files.values())):
-            if not (folder / shard).exists():
-                raise FileNotFoundError(f"{folder} lacks the shard {shard} that its index names")
-        self._files = files
-        self._open = {name: opened(name) for name in sorted(set(files.values()))}
-        for shard, file in self._open.items():
-            lacking = {name for name, place in files.items() if place == shard} - set(file.keys())
-            if lacking:
-                raise ValueError(f"{folder / shard} lacks {min(lacking)}, which the index places there")
+    def close(self) -> None:
+        """Lets go of the files; a tensor that is read later opens its file again."""
+        self._open = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._open[self._files[name]].get_tensor(name)
+        tensor: torch.Tensor = self._shard(self._files[name]).get_tensor(name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:

@@ -236,6 +236,8 @@ class FlashQwen2ForCausalLM:
             tensor = self._weights[name]
             self._check_shape(name, tensor, spec["shape"])
             weights[spec["slot"]] = tensor.to(self.dtype).to(self.device)
+        if isinstance(self._weights, checkpoint.SafetensorsWeights):
+            self._weights.close()
         return weights
 
     def _check_shape(self, name: str, tensor: torch.Tensor, shape: list[int | str]) -> None:

@@ -6,9 +6,8 @@ namespace modeltorch {
 
 /// The environment variables that this library reads, once each, at first use. docs/contract.md lists them.
 struct Environment {
-  bool trace = false;  ///< MODELTORCH_TRACE=1: print node, shapes and microseconds to standard error
-  std::string
-      cpu_level;  ///< MODELTORCH_CPU_LEVEL: generic, avx2 or avx512; empty takes the best of the machine
+  bool trace = false;     ///< MODELTORCH_TRACE=1: print node, shapes and microseconds to standard error
+  std::string cpu_level;  ///< MODELTORCH_CPU_LEVEL: a name of core/cpu_level.h; empty takes the best
 
   // Of Ascend alone, by the names that callers of this interface know (docs/ascend.md).
   std::string execute_async;     ///< ATB_OPERATION_EXECUTE_ASYNC: 0, 1 or 2

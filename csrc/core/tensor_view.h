@@ -50,6 +50,8 @@ struct TensorView {
   Dims dims;
   Format format = Format::kPlain;
 
+  size_t bytes() const { return static_cast<size_t>(dims.count()) * dtype_size(dtype); }
+
   template <class T>
   T* as() const {
     return static_cast<T*>(data);

@@ -9,6 +9,7 @@
 #include "core/device.h"
 #include "core/tensor_view.h"
 #include "graph/operation.h"
+#include "graph/packing.h"
 
 namespace modeltorch {
 
@@ -57,6 +58,8 @@ struct KernelSetup {
   const std::vector<TensorDesc>& inputs;
   const std::vector<TensorDesc>& outputs;
   Device device;
+  PackedWeightPtr packed =
+      nullptr;  ///< stands for the inputs that the packer replaced; their views have no data
   DeviceSession* session = nullptr;  ///< of the runner; it outlives the kernel
 };
 

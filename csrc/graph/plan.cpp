@@ -32,10 +32,10 @@ void Plan::rethrow_at(const Node& node, const Error& error) {
 }
 
 Plan::Plan(const Graph& graph, const Bucket& bucket, const Bindings& bindings,
-           std::span<const Rows> input_rows, DeviceSession& session)
+           std::span<const Rows> input_rows, std::span<const PackedWeightPtr> packed, DeviceSession& session)
     : graph_(graph), bucket_(bucket), descs_(graph.values.size()), views_(graph.values.size()) {
   infer_shapes(bindings, input_rows);
-  set_up_kernels(session);
+  set_up_kernels(packed, session);
   plan_arena(session.alignment());
 }
 
@@ -60,9 +60,10 @@ void Plan::infer_shapes(const Bindings& bindings, std::span<const Rows> input_ro
   }
 }
 
-void Plan::set_up_kernels(DeviceSession& session) {
+void Plan::set_up_kernels(std::span<const PackedWeightPtr> packed, DeviceSession& session) {
   const Device device = session.device();
-  for (const Node& node : graph_.nodes) {
+  for (size_t index = 0; index < graph_.nodes.size(); ++index) {
+    const Node& node = graph_.nodes[index];
     std::vector<TensorDesc> inputs;
     std::vector<TensorDesc> outputs;
     NodeRun run;
@@ -77,7 +78,7 @@ void Plan::set_up_kernels(DeviceSession& session) {
     try {
       const KernelFactory factory = find_kernel(node.operation->name(), device.type);
       if (factory == nullptr) fail(ErrorKind::kNotImplemented, "no kernel for device ", device);
-      run.kernel = factory({*node.operation, inputs, outputs, device, &session});
+      run.kernel = factory({*node.operation, inputs, outputs, device, packed[index], &session});
     } catch (const Error& error) {
       rethrow_at(node, error);
     }

@@ -55,9 +55,9 @@ struct NodeLaunch {
 class Plan {
  public:
   /// Infers every shape once, plans the arena and sets every kernel up. `input_rows` has an entry per input
-  /// slot.
+  /// slot, `packed` one per node (null where a node's weights are not packed).
   Plan(const Graph& graph, const Bucket& bucket, const Bindings& bindings, std::span<const Rows> input_rows,
-       DeviceSession& session);
+       std::span<const PackedWeightPtr> packed, DeviceSession& session);
 
   const Bucket& bucket() const { return bucket_; }
   size_t arena_bytes() const { return memory_.arena_bytes; }
@@ -99,7 +99,7 @@ class Plan {
   };
 
   void infer_shapes(const Bindings& bindings, std::span<const Rows> input_rows);
-  void set_up_kernels(DeviceSession& session);
+  void set_up_kernels(std::span<const PackedWeightPtr> packed, DeviceSession& session);
   void plan_arena(size_t alignment);
   void place_in_arena(std::byte* arena);
   [[noreturn]] static void rethrow_at(const Node& node, const Error& error);

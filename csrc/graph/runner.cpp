@@ -12,6 +12,7 @@ namespace modeltorch {
 GraphRunner::GraphRunner(Graph graph, std::vector<Rows> input_rows, Device device)
     : graph_(std::move(graph)), input_rows_(std::move(input_rows)), session_(make_session(device)) {
   fuse(graph_, device.type);
+  packed_.assign(graph_.nodes.size(), nullptr);
   for (const Node& node : graph_.nodes) {
     if (find_kernel(node.operation->name(), device.type) != nullptr) continue;
     fail(ErrorKind::kNotImplemented, "node ", node.name, ": this build has no ", node.operation->name(),
@@ -29,6 +30,7 @@ GraphRunner::~GraphRunner() {
 
 void GraphRunner::bind_weights(std::vector<TensorView> weights) {
   weights_ = std::move(weights);
+  packed_.assign(graph_.nodes.size(), nullptr);
   plans_.clear();
   ++version_;
 }
@@ -36,6 +38,55 @@ void GraphRunner::bind_weights(std::vector<TensorView> weights) {
 void GraphRunner::set_weight_format(size_t slot, Format format) {
   weights_[slot].format = format;
   ++version_;
+}
+
+// Only weights are described: a packer looks at nothing else.
+std::vector<TensorDesc> GraphRunner::weight_descs(const Node& node) const {
+  std::vector<TensorDesc> descs;
+  for (const Value value : node.inputs) {
+    const ValueInfo& info = graph_.values[value.id];
+    TensorDesc& desc = descs.emplace_back();
+    if (info.kind == ValueKind::kWeight) desc = {weights_[info.slot].dtype, weights_[info.slot].dims};
+  }
+  return descs;
+}
+
+std::vector<GraphRunner::PackRequest> GraphRunner::pack_requests() const {
+  std::vector<PackRequest> requests;
+  for (size_t index = 0; index < graph_.nodes.size(); ++index) {
+    const Node& node = graph_.nodes[index];
+    const WeightPacker* packer = find_packer(node.operation->name(), session_->device().type);
+    if (packer == nullptr) continue;
+    PackRequest request{index, packer, {}};
+    for (const size_t position : packer->replaces(*node.operation, weight_descs(node))) {
+      const ValueInfo& info = graph_.values[node.inputs[position].id];
+      if (info.kind == ValueKind::kWeight) request.slots.push_back(info.slot);
+    }
+    if (!request.slots.empty()) requests.push_back(std::move(request));
+  }
+  std::stable_partition(requests.begin(), requests.end(),
+                        [](const PackRequest& request) { return request.packer->pack != nullptr; });
+  return requests;
+}
+
+bool GraphRunner::is_read_unpacked(Value value) const {
+  for (const size_t reader : graph_.consumers(value)) {
+    if (packed_[reader] == nullptr) return true;
+  }
+  return false;
+}
+
+void GraphRunner::bind_packed(const PackRequest& request, PackedWeightPtr packed) {
+  packed_[request.node] = std::move(packed);
+  plans_.clear();
+  ++version_;
+  for (size_t id = 0; id < graph_.values.size(); ++id) {
+    const ValueInfo& info = graph_.values[id];
+    if (info.kind != ValueKind::kWeight) continue;
+    const bool replaced =
+        std::find(request.slots.begin(), request.slots.end(), info.slot) != request.slots.end();
+    if (replaced && !is_read_unpacked({static_cast<int32_t>(id)})) weights_[info.slot].data = nullptr;
+  }
 }
 
 void GraphRunner::bind_caches(std::vector<TensorView> caches) {
@@ -54,7 +105,7 @@ Plan& GraphRunner::plan_for(const Bucket& bucket, const Bindings& bindings) {
     plans_.splice(plans_.begin(), plans_, found);
     return plans_.front();
   }
-  plans_.emplace_front(graph_, bucket, bindings, input_rows_, *session_);
+  plans_.emplace_front(graph_, bucket, bindings, input_rows_, packed_, *session_);
   const auto nodes = static_cast<int64_t>(graph_.nodes.size());
   counters_.shape_inferences += nodes;
   counters_.kernel_setups += nodes;

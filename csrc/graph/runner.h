@@ -44,8 +44,26 @@ class GraphRunner {
   /// Settles; what an earlier step threw and nobody heard becomes a warning.
   ~GraphRunner();
 
-  /// Replaces the weights: plans are dropped, since kernels may depend on them.
+  /// Replaces the weights: plans and packed forms are dropped.
   void bind_weights(std::vector<TensorView> weights);
+
+  /// A node whose weights the device wants packed.
+  struct PackRequest {
+    size_t node = 0;
+    const WeightPacker* packer = nullptr;
+    std::vector<int32_t> slots;  ///< the weights that the packed form replaces, in order
+  };
+
+  /// What the device wants packed of the bound weights; nodes that only share come last.
+  std::vector<PackRequest> pack_requests() const;
+
+  const Operation& operation(size_t node) const { return *graph_.nodes[node].operation; }
+
+  /// Gives a node its packed weights. Views of weights that no other node reads lose their data pointer.
+  void bind_packed(const PackRequest& request, PackedWeightPtr packed);
+
+  /// True if some node reads the weight as it is.
+  bool reads_weight(int32_t slot) const { return weights_[slot].data != nullptr; }
 
   /// Says that a weight lies in memory in another format than its tensor told.
   void set_weight_format(size_t slot, Format format);
@@ -72,12 +90,15 @@ class GraphRunner {
   std::string describe() const;
 
  private:
+  std::vector<TensorDesc> weight_descs(const Node& node) const;
+  bool is_read_unpacked(Value value) const;
   Plan& plan_for(const Bucket& bucket, const Bindings& bindings);
 
   Graph graph_;
   std::vector<Rows> input_rows_;
   std::unique_ptr<DeviceSession> session_;
   std::vector<TensorView> weights_;
+  std::vector<PackedWeightPtr> packed_;  ///< by node
   std::vector<TensorView> caches_;
   int64_t version_ = 0;    ///< grows with every binding of weights or caches
   std::list<Plan> plans_;  ///< most recently used first

@@ -224,6 +224,9 @@ void read_packing(const Parameters& parameters, const std::vector<std::vector<in
   const auto transposes = parameters.table("linearTransposeType", layers, kLinears);
   check_entries("linearQuantType", types, 0, "a quantised linear");
   check_entries("linearTransposeType", transposes, 1, "an unknown layout");
+  for (const std::vector<int64_t>& row : pack) {
+    for (const int64_t type : row) packing_of_type(type);
+  }
   if (types.empty() && descs.empty()) {
     check_entries("packQuantType (without linearQuantType or linearDescs)", pack, 1, "quantised layers");
   }

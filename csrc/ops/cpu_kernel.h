@@ -38,23 +38,26 @@ class CpuKernel final : public Kernel {
   void (*function_)(const Op&, const KernelArgs&);
 };
 
+/// The kernel of Op for the element type of a setup.
+template <class Op, const CpuFunctions<Op>& functions>
+std::unique_ptr<Kernel> make_cpu_kernel(const KernelSetup& setup) {
+  const DType dtype = compute_dtype(setup);
+  const auto function = dtype == DType::kFloat32    ? functions.float32
+                        : dtype == DType::kBFloat16 ? functions.bfloat16
+                                                    : functions.float16;
+  return std::make_unique<CpuKernel<Op>>(dynamic_cast<const Op&>(setup.operation), function);
+}
+
 /// Registers `functions` as Op's CPU kernel: `const bool registered = register_cpu<Op, functions>();`
 template <class Op, const CpuFunctions<Op>& functions>
 bool register_cpu() {
-  return register_kernel(
-      Op::kName, DeviceType::kCpu, [](const KernelSetup& setup) -> std::unique_ptr<Kernel> {
-        const DType dtype = compute_dtype(setup);
-        const auto function = dtype == DType::kFloat32    ? functions.float32
-                              : dtype == DType::kBFloat16 ? functions.bfloat16
-                                                          : functions.float16;
-        return std::make_unique<CpuKernel<Op>>(dynamic_cast<const Op&>(setup.operation), function);
-      });
+  return register_kernel(Op::kName, DeviceType::kCpu, make_cpu_kernel<Op, functions>);
 }
 
-/// Makes a kernel class that is a template over the element type: `make_cpu_kernel<SelfAttentionCpu>(setup,
+/// Makes a kernel class that is a template over the element type: `make_typed_kernel<SelfAttentionCpu>(setup,
 /// shape)`.
 template <template <class> class KernelOf, class... Args>
-std::unique_ptr<Kernel> make_cpu_kernel(const KernelSetup& setup, const Args&... args) {
+std::unique_ptr<Kernel> make_typed_kernel(const KernelSetup& setup, const Args&... args) {
   const DType dtype = compute_dtype(setup);
   if (dtype == DType::kFloat32) return std::make_unique<KernelOf<float>>(args...);
   if (dtype == DType::kBFloat16) return std::make_unique<KernelOf<BFloat16>>(args...);

@@ -4,6 +4,7 @@
 
 #include "core/parallel.h"
 #include "ops/cpu_kernel.h"
+#include "ops/panel_weight.h"
 #include "ops/shape_check.h"
 
 namespace modeltorch {
@@ -36,7 +37,41 @@ void run(const GatherRows&, const KernelArgs& args) {
 }
 
 constexpr CpuFunctions<GatherRows> kFunctions{run, run, run};
-const bool registered = register_cpu<GatherRows, kFunctions>();
+
+// Reads rows of a table that a tied lm_head holds as panels.
+class PanelGather final : public Kernel {
+ public:
+  explicit PanelGather(std::shared_ptr<const PanelWeight> table) : table_(std::move(table)) {}
+
+  void run(const KernelArgs& args) override {
+    const int64_t* indices = args.in(1).as<int64_t>();
+    BFloat16* y = args.out(0).as<BFloat16>();
+    parallel_for(args.in(1).dims[0], grain_for(8 * table_->k), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        unpack_panel_row(table_->data(), indices[row], table_->k, y + row * table_->k);
+      }
+    });
+  }
+
+ private:
+  std::shared_ptr<const PanelWeight> table_;
+};
+
+std::vector<size_t> replaced_by_panels(const Operation&, const std::vector<TensorDesc>&) {
+  return {0};
+}
+
+std::unique_ptr<Kernel> make(const KernelSetup& setup) {
+  if (setup.packed != nullptr) {
+    return std::make_unique<PanelGather>(std::dynamic_pointer_cast<const PanelWeight>(setup.packed));
+  }
+  return make_cpu_kernel<GatherRows, kFunctions>(setup);
+}
+
+const bool registered = register_kernel(GatherRows::kName, DeviceType::kCpu, make);
+const bool packer_registered = register_packer(
+    GatherRows::kName, DeviceType::kCpu,
+    {replaced_by_panels, [](const Operation&) { return std::string(kPlainPanelFormat); }, nullptr});
 const bool known = register_operation(GatherRows::kName, [](const OperationParameters&) -> OperationPtr {
   return std::make_shared<GatherRows>();
 });

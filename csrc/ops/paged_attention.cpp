@@ -72,7 +72,7 @@ class PagedAttentionCpu final : public Kernel {
 
 std::unique_ptr<Kernel> make(const KernelSetup& setup) {
   const AttentionShape& shape = dynamic_cast<const PagedAttention&>(setup.operation).shape;
-  return make_cpu_kernel<PagedAttentionCpu>(setup, shape);
+  return make_typed_kernel<PagedAttentionCpu>(setup, shape);
 }
 
 const bool registered = register_kernel(PagedAttention::kName, DeviceType::kCpu, make);

@@ -75,9 +75,6 @@ struct RowKernels {
 template <class T>
 const RowKernels<T>& row_kernels();
 
-/// The level that row_kernels() uses: "generic", "avx2" or "avx512".
-const char* cpu_level();
-
 /// Floats of scratch that an AttentionState of this size needs.
 inline int64_t attention_scratch_floats(int64_t rows, int64_t head_size) {
   return rows * (2 * head_size + kKeyChunk + 2);

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "ops/attention.h"
+#include "ops/panel_self_attention.h"
 #include "ops/shape_check.h"
 
 namespace modeltorch {
@@ -68,7 +69,10 @@ class SelfAttentionCpu final : public Kernel {
 
 std::unique_ptr<Kernel> make(const KernelSetup& setup) {
   const AttentionShape& shape = dynamic_cast<const SelfAttention&>(setup.operation).shape;
-  return make_cpu_kernel<SelfAttentionCpu>(setup, shape);
+  if (compute_dtype(setup) == DType::kBFloat16 && PanelSelfAttention::serves(shape)) {
+    return std::make_unique<PanelSelfAttention>(shape, setup.inputs[0].dims[0], setup.inputs[3].dims[0]);
+  }
+  return make_typed_kernel<SelfAttentionCpu>(setup, shape);
 }
 
 const bool registered = register_kernel(SelfAttention::kName, DeviceType::kCpu, make);

@@ -3,7 +3,7 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
-#include "ops/rows.h"
+#include "core/cpu_level.h"
 #include "torch/errors.h"
 #include "torch/model_object.h"
 #include "torch/operation_object.h"
@@ -27,8 +27,9 @@ TORCH_LIBRARY(ModelTorch, library) {
   library.class_<OperationObject>("Operation")
       .def(torch::init<std::string, c10::Dict<std::string, double>>())
       .def("run", &OperationObject::run);
-  library.def("cpu_level() -> str",
-              []() { return translate_errors("cpu_level", [] { return std::string(cpu_level()); }); });
+  library.def("cpu_level() -> str", []() {
+    return translate_errors("cpu_level", [] { return std::string(cpu_level_name(cpu_level())); });
+  });
 }
 
 }  // namespace

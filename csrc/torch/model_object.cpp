@@ -9,6 +9,7 @@
 #include "models/parameters.h"
 #include "models/registry.h"
 #include "torch/errors.h"
+#include "torch/pack_table.h"
 #include "torch/tensors.h"
 
 namespace modeltorch {
@@ -86,8 +87,10 @@ int64_t ModelObject::set_weight(const std::vector<at::Tensor>& weights) {
     const std::vector<GivenTensor> given = describe(held);
     target.accept_weights(given);
     const c10::OptionalDeviceGuard on_device(current_device_for(target.device()));
+    progress_ = 0.0;
     state_.runner = std::make_unique<GraphRunner>(target.build_graph(), target.input_rows(), target.device());
     state_.runner->bind_weights(views_of(given));
+    pack_weights(*state_.runner, held, [this](double part) { progress_ = part; });
     state_.arena = std::make_unique<TensorArena>(target.device());
     state_.weights = std::move(held);
     bind_caches();

@@ -2,11 +2,13 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 
+#include <algorithm>
 #include <map>
 #include <utility>
 
 #include "core/check.h"
 #include "torch/errors.h"
+#include "torch/pack_table.h"
 #include "torch/tensors.h"
 
 namespace modeltorch {
@@ -34,30 +36,55 @@ StepInfo step_of(const std::vector<at::Tensor>& inputs) {
 
 }  // namespace
 
-void OperationObject::prepare(const std::vector<GivenTensor>& inputs) {
+bool OperationObject::is_prepared_for(const std::vector<at::Tensor>& tensors,
+                                      const std::vector<TensorDesc>& descs) const {
+  if (!runner_ || descs != input_descs_) return false;
+  for (size_t index = 0; index < weight_positions_.size(); ++index) {
+    const at::Tensor& tensor = tensors[weight_positions_[index]];
+    if (!tensor.is_same(weights_[index]) || tensor._version() != versions_[index]) return false;
+  }
+  return true;
+}
+
+void OperationObject::prepare(const std::vector<at::Tensor>& tensors,
+                              const std::vector<GivenTensor>& inputs) {
   check(!inputs.empty(), "expected at least one input, got none");
   std::vector<TensorDesc> descs;
   for (const GivenTensor& input : inputs) {
     check_place(input, "every input", inputs[0].device, " as the first one is");
     descs.push_back({input.view.dtype, input.view.dims, Rows::kFixed});
   }
-  if (runner_ && descs == input_descs_ && device_ == inputs[0].device) return;
-  std::vector<TensorDesc> outputs = operation_->infer_shape(descs);
+  if (device_ == inputs[0].device && is_prepared_for(tensors, descs)) return;
+  output_descs_ = operation_->infer_shape(descs);
+  device_ = inputs[0].device;
+  const WeightPacker* packer = find_packer(operation_->name(), device_.type);
+  weight_positions_ = packer == nullptr ? std::vector<size_t>{} : packer->replaces(*operation_, descs);
   GraphBuilder graph;
   std::vector<Value> values;
   for (size_t index = 0; index < inputs.size(); ++index) {
-    values.push_back(graph.input("input " + std::to_string(index), static_cast<int32_t>(index)));
+    const bool is_weight =
+        std::find(weight_positions_.begin(), weight_positions_.end(), index) != weight_positions_.end();
+    const std::string name = "input " + std::to_string(index);
+    const auto slot = static_cast<int32_t>(index);
+    values.push_back(is_weight ? graph.weight(name, slot) : graph.input(name, slot));
   }
   const std::vector<Value> results = graph.add(operation_->name(), operation_, values);
   for (size_t index = 0; index < results.size(); ++index) {
     graph.mark_output(results[index], "output " + std::to_string(index), static_cast<int32_t>(index));
   }
   const std::vector<Rows> rows(inputs.size(), Rows::kFixed);
-  runner_ = std::make_unique<GraphRunner>(graph.finish(), rows, inputs[0].device);
-  arena_ = std::make_unique<TensorArena>(inputs[0].device);
-  device_ = inputs[0].device;
+  runner_ = std::make_unique<GraphRunner>(graph.finish(), rows, device_);
+  runner_->bind_weights(views_of(inputs));
+  std::vector<at::Tensor> packed = tensors;
+  pack_weights(*runner_, packed, [](double) {});
+  weights_.clear();
+  versions_.clear();
+  for (const size_t position : weight_positions_) {
+    weights_.push_back(tensors[position]);
+    versions_.push_back(tensors[position]._version());
+  }
+  arena_ = std::make_unique<TensorArena>(device_);
   input_descs_ = std::move(descs);
-  output_descs_ = std::move(outputs);
 }
 
 std::vector<at::Tensor> OperationObject::run(const std::vector<at::Tensor>& inputs) {
@@ -65,7 +92,7 @@ std::vector<at::Tensor> OperationObject::run(const std::vector<at::Tensor>& inpu
   const at::AutoDispatchBelowAutograd no_autograd;
   return translate_errors("Operation " + std::string(operation_->name()), [&] {
     const std::vector<GivenTensor> given = describe(inputs);
-    prepare(given);
+    prepare(inputs, given);
     std::vector<at::Tensor> outputs;
     for (const TensorDesc& desc : output_descs_) outputs.push_back(make_tensor(desc, device_));
     runner_->run(views_of(given), views_of(describe(outputs)), step_of(inputs), *arena_);

@@ -25,11 +25,15 @@ class OperationObject final : public torch::CustomClassHolder {
   std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs);
 
  private:
-  void prepare(const std::vector<GivenTensor>& inputs);
+  void prepare(const std::vector<at::Tensor>& tensors, const std::vector<GivenTensor>& inputs);
+  bool is_prepared_for(const std::vector<at::Tensor>& tensors, const std::vector<TensorDesc>& descs) const;
 
   std::mutex mutex_;
   OperationPtr operation_;
   std::vector<TensorDesc> input_descs_;
+  std::vector<size_t> weight_positions_;  ///< inputs that the device packs
+  std::vector<at::Tensor> weights_;       ///< those inputs
+  std::vector<uint32_t> versions_;        ///< and their versions
   std::vector<TensorDesc> output_descs_;
   Device device_;
   std::unique_ptr<GraphRunner> runner_;

@@ -200,7 +200,8 @@ TEST(devices_and_strides_are_checked) {
           input, [](GivenTensor& tensor) { tensor.device = {DeviceType::kCuda, 3}; }, door.label(input),
           "must be on cpu", "cuda:3");
       door.refuse(
-          input, [](GivenTensor& tensor) { tensor.contiguous = false; }, door.label(input), "contiguous");
+          input, [](GivenTensor& tensor) { tensor.layout = Layout::kStrided; }, door.label(input),
+          "contiguous");
     }
   });
 }
@@ -209,7 +210,7 @@ TEST(devices_and_strides_are_checked) {
 TEST(unused_inputs_are_not_looked_at) {
   each_door([](Door& door) {
     std::vector<GivenTensor> given = door.list();
-    const GivenTensor junk{{nullptr, DType::kOther, {3, 1, 4}}, {DeviceType::kOther, 7}, false};
+    const GivenTensor junk{{nullptr, DType::kOther, {3, 1, 4}}, {DeviceType::kOther, 7}, Layout::kStrided};
     std::vector<int> unused = {7, 8, door.generation == 0 ? 11 : 9};
     if (door.is_prefill) unused.push_back(5);
     if (!door.is_prefill) unused.insert(unused.end(), {4, door.position(kLogitsIndices)});
@@ -223,7 +224,7 @@ TEST(masks_are_square_or_placeholders) {
     const Door door(generation, true);
     for (const Dims& dims : {Dims{1}, Dims{}, Dims{1, 1}, Dims{1, 1, 1}, Dims{5, 5}, Dims{2048, 2048}}) {
       std::vector<GivenTensor> given = door.list();
-      given[4] = {{nullptr, DType::kOther, dims}, {DeviceType::kNpu, 0}, false};
+      given[4] = {{nullptr, DType::kOther, dims}, {DeviceType::kNpu, 0}, Layout::kStrided};
       door.open(given);
     }
     for (const Dims& dims : {Dims{0}, Dims{2}, Dims{5, 6}, Dims{2, 5, 5}}) {
@@ -259,9 +260,9 @@ TEST(sequence_lengths_of_the_parameters_are_checked) {
       const json length = json::parse(value);
       refuse({{"seqLen", {5, 3, length}}}, ErrorKind::kValue, "seqLen", "at least 1, got " + length.dump());
     }
-    refuse({{"seqLen", {5, 3}}}, ErrorKind::kValue, "input ");
-    refuse({{"seqLen", {5, 3, 1, 1}}}, ErrorKind::kValue, "input ");
-    refuse({{"seqLen", json::array()}}, ErrorKind::kValue, "input ");
+    refuse({{"seqLen", {5, 3}}}, ErrorKind::kValue, "seqLen has 2 entries", door.label(kSeqLen), "int32[3]");
+    refuse({{"seqLen", {5, 3, 1, 1}}}, ErrorKind::kValue, "seqLen has 4 entries", door.label(kSeqLen));
+    refuse({{"seqLen", json::array()}}, ErrorKind::kValue, "seqLen has 0 entries", door.label(kSeqLen));
     refuse({{"seqLen", {5, 2, 2}}}, ErrorKind::kValue, door.label(kSeqLen), "holds 3 at 1", "says 2");
     refuse({{"seqLen", {5, 3, 1}}, {"qLen", {5, 3, 1}}}, ErrorKind::kNotImplemented, "qLen");
     refuse({{"seqLen", {5, 3, 1}}, {"qLen", 3}}, ErrorKind::kNotImplemented, "qLen");

@@ -1,6 +1,7 @@
 #include <array>
 
 #include "ops/linear.h"
+#include "ops/panels.h"
 #include "tensors.h"
 
 using namespace modeltorch;
@@ -14,7 +15,9 @@ struct Part {
   bool has_bias;
 };
 
-// Runs a Linear of these parts on random tensors and compares it with three plain loops.
+int64_t packed_runs = 0;
+
+// Runs a Linear of these parts on random tensors, as they are and packed, and compares it with plain loops.
 void check_linear(Random& random, DType dtype, int64_t rows, int64_t k, const std::vector<Part>& parts) {
   const Tensor x = Tensor::random(random, dtype, {rows, k});
   std::vector<Tensor> weights;
@@ -28,7 +31,8 @@ void check_linear(Random& random, DType dtype, int64_t rows, int64_t k, const st
   }
   std::vector<const Tensor*> inputs{&x};
   for (const Tensor& weight : weights) inputs.push_back(&weight);
-  const Tensor y = std::move(run_operation(Linear(layout), inputs)[0]);
+  const Linear linear(layout);
+  const Tensor y = std::move(run_operation(linear, inputs)[0]);
   expect(y.dims() == Dims{rows, columns}, "shape ", y.view());
 
   std::vector<double> expected(rows * columns);
@@ -49,8 +53,14 @@ void check_linear(Random& random, DType dtype, int64_t rows, int64_t k, const st
     }
     column += part.n;
   }
-  expect_close(y, expected, columns, "linear of ", parts.size(), " parts, first ", parts[0].n,
-               " columns, [n, k] ", parts[0].transposed, ", bias ", parts[0].has_bias, ", k ", k);
+  const std::string what =
+      concat("linear of ", parts.size(), " parts, first ", parts[0].n, " columns, [n, k] ",
+             parts[0].transposed, ", bias ", parts[0].has_bias, ", k ", k);
+  expect_close(y, expected, columns, what);
+  const PackedInputs packed = pack_inputs(linear, inputs);
+  if (packed.packed == nullptr) return;
+  ++packed_runs;
+  expect_close(run_operation(linear, inputs, packed)[0], expected, columns, "packed ", what);
 }
 
 }  // namespace
@@ -89,6 +99,34 @@ TEST(linear_is_cut_into_columns) {
   }
 }
 
+// Panels of 16 columns, tiles of 6 and of 32 rows, chunks of 192 rows: sizes at and beside each of them.
+TEST(packed_linear_matches_plain_loops) {
+  const std::vector<std::vector<Part>> layouts = {
+      {{2, true, false}},
+      {{16, true, true}},
+      {{66, false, true}},
+      {{130, false, false}},
+      {{64, true, true}, {18, true, true}, {18, true, true}},
+      {{34, true, false}, {95, false, true}, {7, true, false}},
+  };
+  Random random(23);
+  packed_runs = 0;
+  on_one_and_three_threads([&] {
+    for (const int64_t rows : {0, 1, 2, 5, 6, 7, 8, 9, 13, 16, 17, 31, 32, 33, 47, 200}) {
+      for (const int64_t k : {2, 30, 32, 34, 96}) {
+        for (const std::vector<Part>& parts : layouts) check_linear(random, DType::kBFloat16, rows, k, parts);
+      }
+    }
+    // Wide enough for several threads, and too many summands for one pass over the panels.
+    for (const int64_t rows : {1, 9, 193})
+      check_linear(random, DType::kBFloat16, rows, 64, {{1202, true, true}});
+    for (const int64_t rows : {1, 9, 40})
+      check_linear(random, DType::kBFloat16, rows, 5190, {{18, true, true}});
+  });
+  const bool has_panels = panel_kernels() != nullptr;
+  expect(packed_runs == (has_panels ? 2 * (16 * 5 * 6 + 6) : 0), "packed runs: ", packed_runs);
+}
+
 // Sums are float32 at least: a long sum of ones would stop at 256 in bfloat16, at 2048 in float16.
 TEST(linear_sums_in_float32) {
   const int64_t k = 4096;
@@ -100,6 +138,13 @@ TEST(linear_sums_in_float32) {
         const std::vector<LinearPart> parts = {{transposed, false}};
         for (const double sum : run_operation(Linear(parts), {&x, &w})[0].values()) {
           expect(sum == 4096.0, dtype, ": got ", sum);
+        }
+        const Tensor two =
+            Tensor::of(dtype, transposed ? Dims{2, k} : Dims{k, 2}, std::vector<double>(2 * k, 1.0));
+        const PackedInputs packed = pack_inputs(Linear(parts), {&x, &two});
+        if (packed.packed == nullptr) continue;
+        for (const double sum : run_operation(Linear(parts), {&x, &two}, packed)[0].values()) {
+          expect(sum == 4096.0, dtype, ": packed, got ", sum);
         }
       }
     }

@@ -1,7 +1,7 @@
 #include <cstdio>
 #include <string_view>
 
-#include "ops/rows.h"
+#include "core/cpu_level.h"
 #include "test.h"
 
 // What make and meson take for "skipped": the processor lacks the level that MODELTORCH_CPU_LEVEL asks for.
@@ -9,7 +9,7 @@ constexpr int kSkipped = 77;
 
 int main(int argc, char** argv) {
   try {
-    std::printf("processor level %s: ", modeltorch::cpu_level());
+    std::printf("processor level %s: ", modeltorch::cpu_level_name(modeltorch::cpu_level()));
     std::fflush(stdout);
   } catch (const modeltorch::Error& error) {
     std::printf("%s\n", error.what());

@@ -3,15 +3,19 @@
 
 #include <bit>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 
+#include "core/cpu_level.h"
 #include "core/half_floats.h"
 #include "ops/add.h"
 #include "ops/add_rms_norm.h"
 #include "ops/gather_rows.h"
+#include "ops/linear.h"
 #include "ops/reshape_and_cache.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
+#include "ops/rows.h"
 #include "ops/split_qkv.h"
 #include "ops/swiglu.h"
 #include "tensors.h"
@@ -58,6 +62,13 @@ void each_row_shape(Body&& body) {
 }
 
 }  // namespace
+
+// run.sh asks for every level in turn: a run must not quietly test another one.
+TEST(the_level_is_the_one_asked_for) {
+  const char* asked = std::getenv("MODELTORCH_CPU_LEVEL");
+  expect(asked == nullptr || *asked == '\0' || std::string(asked) == cpu_level_name(cpu_level()),
+         "the level is ", cpu_level_name(cpu_level()));
+}
 
 TEST(bfloat16_rounds_to_nearest_even) {
   const std::pair<uint32_t, uint16_t> cases[] = {
@@ -304,6 +315,33 @@ TEST(gather_rows_copies_bits) {
             expect(y.bits(i * size, size) == table.bits(row * size, size), "row ", i, " of ", y.view());
           }
         }
+      }
+    }
+  });
+}
+
+// A word embedding that shares the packed form of a tied lm_head: the rows come back bit for bit.
+TEST(gather_rows_unpacks_bits) {
+  Random random(19);
+  const Linear lm_head({{true, false}});
+  const WeightPacker* packer = find_packer(Linear::kName, DeviceType::kCpu);
+  const WeightPacker* sharer = find_packer(GatherRows::kName, DeviceType::kCpu);
+  expect(packer->format(lm_head) == sharer->format(GatherRows()) && sharer->pack == nullptr,
+         "one form for both");
+  expect(packer->format(Linear({{false, false}})) != packer->format(lm_head), "[k, n] is another form");
+  expect(packer->format(Linear({{true, true}})) != packer->format(lm_head), "a bias makes another form");
+  on_one_and_three_threads([&] {
+    for (const auto& [count, size] : {std::pair<int64_t, int64_t>{2, 2}, {40, 96}, {18, 34}}) {
+      const Tensor table = Tensor::random(random, DType::kBFloat16, {count, size});
+      const Tensor x = Tensor::random(random, DType::kBFloat16, {1, size});
+      Tensor indices(DType::kInt64, {3000});
+      for (int64_t i = 0; i < 3000; ++i) indices.set(i, static_cast<double>((i * 23 + 1) % count));
+      const PackedInputs packed = pack_inputs(lm_head, {&x, &table});
+      if (packed.packed == nullptr) continue;  // this level reads matrices as they are
+      const Tensor y = std::move(run_operation(GatherRows(), {&table, &indices}, {packed.packed, {0}})[0]);
+      for (int64_t i = 0; i < 3000; ++i) {
+        const auto row = static_cast<int64_t>(indices.get(i));
+        expect(y.bits(i * size, size) == table.bits(row * size, size), "row ", i, " of ", y.view());
       }
     }
   });

@@ -74,12 +74,14 @@ TEST(shapes_are_read) {
 
 // 6.3 of the contract: ALL_* packs, MIX_* does not.
 TEST(pack_types_decide) {
+  const std::vector<std::vector<int64_t>> float_linears(2, std::vector<int64_t>(7, 0));
   const std::vector<int64_t> separate = {4, 5, 8, 10, 14, 15, 16, 17, 20, 21, 23, 25};
   for (int64_t type = 1; type <= 26; ++type) {
     const bool packed = std::find(separate.begin(), separate.end(), type) == separate.end();
     const int64_t other = packed ? 4 : 1;
     for (const auto parse : {parse_2024, parse_current}) {
-      const DecoderParameters parameters = parse({{"packQuantType", {{type, other}, {other, type}}}});
+      const DecoderParameters parameters =
+          parse({{"packQuantType", {{type, other}, {other, type}}}, {"linearQuantType", float_linears}});
       expect(parameters.packing[0].qkv_packed == packed && parameters.packing[0].gate_up_packed == !packed,
              "type ", type);
       expect(parameters.packing[1].qkv_packed == !packed && parameters.packing[1].gate_up_packed == packed,
@@ -90,6 +92,15 @@ TEST(pack_types_decide) {
   for (const int64_t type : {-1, 27, 1000}) {
     expect_throws([&] { parse_2024({{"packQuantType", {{1, 1}, {type, 1}}}}); }, ErrorKind::kValue,
                   "packQuantType", std::to_string(type));
+  }
+}
+
+TEST(pack_types_of_quantised_layers_need_linear_types) {
+  for (const int64_t type : {2, 4, 26}) {
+    for (const auto parse : {parse_2024, parse_current}) {
+      expect_throws([&] { parse({{"packQuantType", {{1, 1}, {1, type}}}}); }, ErrorKind::kNotImplemented,
+                    "packQuantType", std::to_string(type));
+    }
   }
 }
 

@@ -222,6 +222,8 @@ TEST(features_that_are_not_built_are_named) {
   expect_throws(
       [&] { current.with("mapping", R"({"attnTp":{"rank":0,"rankIds":[0]},"mlpTp":{"rankIds":[0,1]}})"); },
       ErrorKind::kNotImplemented, "mapping.mlpTp.rankIds", "2 ranks");
+  expect_throws([&] { current.with("mapping", R"({"worldSize":2})"); }, ErrorKind::kNotImplemented,
+                "mapping.worldSize = 2");
 }
 
 // A value that every key of this type accepts, unless it accepts one value only.

@@ -17,7 +17,7 @@ make -f tests/cpp/Makefile -j"${JOBS:-2}" --no-print-directory --quiet MODE="$mo
 
 failed=0
 skipped=""
-for level in generic avx2 avx512; do
+for level in generic avx2 avx512 avx512_bf16 amx; do
   status=0
   MODELTORCH_CPU_LEVEL=$level "build/cpp-$mode/cpp_tests" "$filter" || status=$?
   case $status in

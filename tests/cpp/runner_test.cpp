@@ -7,6 +7,8 @@
 #include "graph/runner.h"
 #include "graph/trace.h"
 #include "ops/add.h"
+#include "ops/linear.h"
+#include "ops/panels.h"
 #include "ops/rms_norm.h"
 #include "tensors.h"
 #include "tiny_qwen.h"
@@ -252,7 +254,7 @@ TEST(errors_name_the_node_and_leave_the_runner_usable) {
 
 TEST(nodes_without_a_kernel_are_named) {
   expect_throws([] { GraphRunner(Rig::graph(), {Rows::kTokens}, Device{DeviceType::kOther, 0}); },
-                ErrorKind::kNotImplemented, "block.fault", "TestFault", "an unsupported device");
+                ErrorKind::kNotImplemented, "block.fault", "TestFault", "another device");
 }
 
 TEST(new_weights_are_read) {
@@ -262,6 +264,36 @@ TEST(new_weights_are_read) {
   expect(rig.runner.plan_count() == 0, "kernels may depend on weights: their plans go");
   rig.run(step_of(4));
   expect(rig.runner.counters().plans_built == 2, "one plan for each set of weights");
+}
+
+// A node that got a packed form is asked nothing more; a weight that another node reads keeps its data.
+TEST(packed_weights_replace_theirs) {
+  Random random(53);
+  GraphBuilder builder;
+  const Value x = builder.input("x", 0), w = builder.weight("w", 0), b = builder.weight("b", 1);
+  const Value v = builder.weight("v", 2), y = linear(builder, "first", x, {{w, b, true}});
+  builder.mark_output(linear(builder, "second", y, {{v, {}, true}}), "y", 0);
+  GraphRunner runner(builder.finish(), {Rows::kTokens}, Device{});
+  const Tensor weight = Tensor::random(random, DType::kBFloat16, {32, 32});
+  const Tensor bias = Tensor::random(random, DType::kBFloat16, {32});
+  const Tensor input = Tensor::random(random, DType::kBFloat16, {4, 32});
+  const Tensor plain(DType::kBFloat16, {4, 32}), packed(DType::kBFloat16, {4, 32});
+  HeapArena arena;
+  runner.bind_weights({weight.view(), bias.view(), weight.view()});
+  runner.run({&input.view(), 1}, {&plain.view(), 1}, step_of(4), arena, nullptr);
+
+  const std::vector<GraphRunner::PackRequest> requests = runner.pack_requests();
+  if (panel_kernels() == nullptr) return expect(requests.empty(), "this level packs nothing");
+  expect(requests.size() == 2 && requests[0].slots == std::vector<int32_t>{0, 1} && requests[1].slots[0] == 2,
+         "slots");
+  const auto& packer = *requests[0].packer;
+  runner.bind_packed(requests[0], packer.pack(runner.operation(0), {weight.view(), bias.view()}));
+  expect(!runner.reads_weight(0) && !runner.reads_weight(1) && runner.reads_weight(2), "what is still read");
+  expect(runner.plan_count() == 0, "kernels hold packed forms: their plans go");
+  runner.run({&input.view(), 1}, {&packed.view(), 1}, step_of(4), arena, nullptr);
+  expect(worst_row_error(packed, plain.values(), 32) < 1e-2, "packed and plain agree");
+  runner.bind_weights({weight.view(), bias.view(), weight.view()});
+  expect(runner.reads_weight(0) && runner.pack_requests().size() == 2, "new weights come unpacked");
 }
 
 TEST(new_caches_are_read_without_new_plans) {

@@ -2,6 +2,7 @@
 
 #include <set>
 
+#include "graph/kernel.h"
 #include "graph/operation.h"
 #include "ops/add.h"
 #include "ops/add_rms_norm.h"

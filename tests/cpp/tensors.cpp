@@ -86,22 +86,38 @@ std::vector<std::byte> Tensor::bits(int64_t index, int64_t count) const {
   return {begin, begin + count * size};
 }
 
-std::vector<Tensor> run_operation(const Operation& operation, const std::vector<const Tensor*>& inputs) {
+PackedInputs pack_inputs(const Operation& operation, const std::vector<const Tensor*>& inputs) {
+  const WeightPacker* packer = find_packer(operation.name(), DeviceType::kCpu);
+  if (packer == nullptr || packer->pack == nullptr) return {};
+  std::vector<TensorDesc> descs;
+  for (const Tensor* input : inputs) descs.push_back(input->desc());
+  PackedInputs result{nullptr, packer->replaces(operation, descs)};
+  std::vector<TensorView> replaced;
+  for (const size_t position : result.replaced) replaced.push_back(inputs[position]->view());
+  if (!replaced.empty()) result.packed = packer->pack(operation, replaced);
+  return result;
+}
+
+std::vector<Tensor> run_operation(const Operation& operation, const std::vector<const Tensor*>& inputs,
+                                  const PackedInputs& packed) {
   std::vector<TensorDesc> input_descs;
-  std::vector<const TensorView*> input_views;
+  std::vector<TensorView> views;
   for (const Tensor* input : inputs) {
     input_descs.push_back(input->desc());
-    input_views.push_back(&input->view());
+    views.push_back(input->view());
   }
+  for (const size_t position : packed.replaced) views[position].data = nullptr;
+  std::vector<const TensorView*> input_views, output_views;
+  for (const TensorView& view : views) input_views.push_back(&view);
   const std::vector<TensorDesc> output_descs = operation.infer_shape(input_descs);
   std::vector<Tensor> outputs;
   for (const TensorDesc& desc : output_descs) outputs.emplace_back(desc.dtype, desc.dims);
-  std::vector<const TensorView*> output_views;
   for (const Tensor& output : outputs) output_views.push_back(&output.view());
 
   const KernelFactory factory = find_kernel(operation.name(), DeviceType::kCpu);
   expect(factory != nullptr, operation.name(), " has no CPU kernel");
-  const std::unique_ptr<Kernel> kernel = factory({operation, input_descs, output_descs, Device{}});
+  const std::unique_ptr<Kernel> kernel =
+      factory({operation, input_descs, output_descs, Device{}, packed.packed});
   const size_t bytes = kernel->workspace_bytes();
   void* workspace = ::operator new(bytes, kAlignment);
   std::memset(workspace, 0xff, bytes);

@@ -8,6 +8,7 @@
 
 #include "core/tensor_view.h"
 #include "graph/operation.h"
+#include "graph/packing.h"
 #include "graph/runner.h"
 #include "test.h"
 
@@ -52,9 +53,19 @@ class Tensor {
   TensorView view_;
 };
 
+/// Weights of an operation in packed form, and the positions of the inputs that it replaces.
+struct PackedInputs {
+  modeltorch::PackedWeightPtr packed;
+  std::vector<size_t> replaced;
+};
+
+/// Packs what the CPU wants packed of these inputs. Null where it takes them as they are.
+PackedInputs pack_inputs(const Operation& operation, const std::vector<const Tensor*>& inputs);
+
 /// Infers the shapes, sets the CPU kernel up and runs it once, with exactly the scratch that it asked for.
-/// Outputs and scratch are poisoned before.
-std::vector<Tensor> run_operation(const Operation& operation, const std::vector<const Tensor*>& inputs);
+/// Outputs and scratch are poisoned before; inputs that a packed form replaces come without data.
+std::vector<Tensor> run_operation(const Operation& operation, const std::vector<const Tensor*>& inputs,
+                                  const PackedInputs& packed = {});
 
 /// The largest ||row of out - row of expected|| of all rows, relative to the norm of that row or, where that
 /// is larger, of the average row. Infinite if anything is not a number.

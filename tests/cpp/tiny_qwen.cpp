@@ -104,7 +104,7 @@ Prompts prompts_of(int64_t count, int64_t tokens) {
 
 std::vector<GivenTensor> StepInputs::list(const InputOrder& order) const {
   std::vector<GivenTensor> given;
-  for (const DecoderInput input : order.positions) given.push_back({(*this)[input].view(), Device{}, true});
+  for (const DecoderInput input : order.positions) given.push_back({(*this)[input].view(), Device{}});
   return given;
 }
 
@@ -116,7 +116,8 @@ StepInputs decode_inputs(const StepSizes& sizes, const Prompts& prompts) {
   return inputs_of(sizes, prompts, false);
 }
 
-TinyQwen::TinyQwen(DType dtype, const TinyLayout& layout) : sizes_{.dtype = dtype}, layout_(layout) {
+TinyQwen::TinyQwen(DType dtype, const TinyLayout& layout)
+    : sizes_{.dtype = dtype, .head_size = 16}, layout_(layout) {
   for (int64_t cache = 0; cache < 2 * kLayers; ++cache) {
     caches_.emplace_back(dtype,
                          Dims{kMaxSequences * sizes_.width, sizes_.block_size, kKvHeads, sizes_.head_size});
@@ -132,11 +133,11 @@ void TinyQwen::set_up(Phase& phase, bool is_prefill) {
   std::vector<GivenTensor> weights, keys, values;
   std::vector<TensorView> weight_views, cache_views;
   for (const Tensor& weight : weights_) {
-    weights.push_back({weight.view(), Device{}, true});
+    weights.push_back({weight.view(), Device{}});
     weight_views.push_back(weight.view());
   }
   for (size_t cache = 0; cache < caches_.size(); ++cache) {
-    (cache % 2 == 0 ? keys : values).push_back({caches_[cache].view(), Device{}, true});
+    (cache % 2 == 0 ? keys : values).push_back({caches_[cache].view(), Device{}});
     cache_views.push_back(caches_[cache].view());
   }
   phase.model->accept_weights(weights);
@@ -144,6 +145,12 @@ void TinyQwen::set_up(Phase& phase, bool is_prefill) {
   phase.runner =
       std::make_unique<GraphRunner>(phase.model->build_graph(), phase.model->input_rows(), Device{});
   phase.runner->bind_weights(weight_views);
+  for (const GraphRunner::PackRequest& request : phase.runner->pack_requests()) {
+    if (request.packer->pack == nullptr) continue;
+    std::vector<TensorView> replaced;
+    for (const int32_t slot : request.slots) replaced.push_back(weight_views[slot]);
+    phase.runner->bind_packed(request, request.packer->pack(phase.runner->operation(request.node), replaced));
+  }
   phase.runner->bind_caches(cache_views);
 }
 
@@ -160,7 +167,8 @@ std::string TinyQwen::parameters(bool is_prefill) const {
                          {"hiddenSizePerAttentionHead", sizes_.head_size},
                          {"lmHeadTransposeType", type},
                          {"linearTransposeType", {types, types}},
-                         {"packQuantType", {{pack, pack}, {pack, pack}}}};
+                         {"packQuantType", {{pack, pack}, {pack, pack}}},
+                         {"linearQuantType", std::vector<std::vector<int>>(2, std::vector<int>(7, 0))}};
   if (layout_.current) {
     const nlohmann::json biases = {true, false, false, false};
     json.update({{"isUnpadInputs", true},

@@ -28,6 +28,7 @@ json parameters_2024() {
           {"numAttentionHeadsPerRank", kHeads},
           {"numKeyValueHeadsPerRank", kKvHeads},
           {"hiddenSizePerAttentionHead", kHeadSize},
+          {"linearQuantType", std::vector<std::vector<int>>(2, std::vector<int>(7, 0))},
           {"packQuantType", {{1, 1}, {4, 4}}}};
 }
 
@@ -46,19 +47,19 @@ std::vector<GivenTensor> weights_for(const Model& model, int64_t vocab = kVocab,
                                                 {"vocab or vocab + 1", vocab},
                                                 {"intermediate", kIntermediate},
                                                 {"2*intermediate", 2 * kIntermediate}};
-  const GivenTensor unused{{nullptr, DType::kOther, {1}}, {DeviceType::kOther, 0}, false};
+  const GivenTensor unused{{nullptr, DType::kOther, {1}}, {DeviceType::kOther, 0}, Layout::kStrided};
   std::vector<GivenTensor> weights(model.weight_count(), unused);
   for (const WeightSpec& spec : model.weight_specs()) {
     Dims dims;
     for (const WeightDim& dim : spec.shape)
       dims.push_back(dim.symbol.empty() ? dim.size : sizes.at(dim.symbol));
-    weights[spec.slot] = {{nullptr, dtype, dims}, Device{}, true};
+    weights[spec.slot] = {{nullptr, dtype, dims}, Device{}};
   }
   return weights;
 }
 
 std::vector<GivenTensor> caches(const Dims& dims, DType dtype = DType::kFloat32) {
-  return std::vector<GivenTensor>(kLayers, {{nullptr, dtype, dims}, Device{}, true});
+  return std::vector<GivenTensor>(kLayers, {{nullptr, dtype, dims}, Device{}});
 }
 
 Dims good_cache() {
@@ -146,11 +147,14 @@ TEST(every_slot_is_checked) {
       expect_throws([&] { model->accept_weights(weights); }, ErrorKind::kValue, parts...);
       expect(decided(*model) == before, "a fault in ", label, " left something behind: ", decided(*model));
     };
-    refuse([](GivenTensor& weight) { weight.contiguous = false; }, label, "contiguous");
+    refuse([](GivenTensor& weight) { weight.layout = Layout::kStrided; }, label, "contiguous");
     refuse([](GivenTensor& weight) { weight.view.dims.push_back(1); }, label, "must be [",
            concat("got ", DType::kFloat32));
     refuse([](GivenTensor& weight) { weight.view.dims = {1}; }, label, "must be [");
-    if (spec.name == "lm_head.weight") continue;  // the others are compared with it
+    refuse([](GivenTensor& weight) { weight.layout = Layout::kSparse; }, label, "contiguous", "sparse");
+    refuse([](GivenTensor& weight) { weight.view.dtype = DType::kInt8; }, label, "bfloat16 or float16",
+           "int8");
+    // One odd weight is blamed, not all the others, whatever its place in the list.
     refuse([](GivenTensor& weight) { weight.view.dtype = DType::kBFloat16; }, label, "must be float32",
            "bfloat16");
     refuse([](GivenTensor& weight) { weight.device = {DeviceType::kCuda, 1}; }, label, "must be on cpu",
@@ -195,7 +199,7 @@ TEST(a_list_decides_sizes_dtype_and_device) {
 
   for (const DType dtype : {DType::kInt64, DType::kInt8, DType::kBool, DType::kOther}) {
     expect_throws([&] { model->accept_weights(weights_for(*model, kVocab, dtype)); }, ErrorKind::kValue,
-                  "weight 102", modeltorch::dtype_name(dtype));
+                  "weight 0", modeltorch::dtype_name(dtype));
   }
   expect_throws([&] { model->accept_weights(weights_for(*model, kVocab, DType::kBFloat16)); },
                 ErrorKind::kValue, "bfloat16", "isBF16 is false");
@@ -262,15 +266,17 @@ TEST(caches_are_checked) {
             is_key, layer, [&](GivenTensor& cache) { cache.view.dims = dims; }, label,
             "[blocks, block_size, 2, 8]");
       }
-      refuse(is_key, layer, [](GivenTensor& cache) { cache.contiguous = false; }, label, "contiguous");
-      if (is_key && layer == 0) continue;  // the others are compared with it
+      refuse(is_key, layer, [](GivenTensor& cache) { cache.layout = Layout::kStrided; }, label, "contiguous");
       refuse(
-          is_key, layer, [](GivenTensor& cache) { cache.view.dims[0] = 8; }, label, "key cache 0",
-          "[7, 16, 2, 8]");
-      refuse(is_key, layer, [](GivenTensor& cache) { cache.view.dtype = DType::kInt8; }, label, "int8");
+          is_key, layer, [](GivenTensor& cache) { cache.view.dtype = DType::kInt8; }, label, "float32",
+          "int8");
       refuse(
           is_key, layer, [](GivenTensor& cache) { cache.device = {DeviceType::kNpu, 0}; }, label, "cpu",
           "npu:0");
+      if (is_key && layer == 0) continue;  // the shapes of the others are compared with its
+      refuse(
+          is_key, layer, [](GivenTensor& cache) { cache.view.dims[0] = 8; }, label, "key cache 0",
+          "[7, 16, 2, 8]");
     }
   }
   const Dims huge{int64_t{1} << 28, 16, kKvHeads, kHeadSize};
@@ -286,14 +292,40 @@ TEST(a_refused_cache_changes_nothing) {
   const auto prepare = [&] { return model->prepare(inputs.list(kOrder2024), inputs.parameters()); };
   prepare();
   std::vector<GivenTensor> small = caches({1, 2, kKvHeads, kHeadSize}), faulty = small;
-  faulty[1].contiguous = false;
+  faulty[1].layout = Layout::kStrided;
   expect_throws([&] { model->accept_caches(small, faulty); }, ErrorKind::kValue, "value cache 1");
   prepare();  // slot 2 would not fit the small cache
   model->accept_caches(small, small);
   expect_throws([&] { prepare(); }, ErrorKind::kValue, "slots", "holds 2");
+}
+
+// Weights and caches come in any order: whichever is second must fit the first.
+TEST(caches_and_weights_must_fit_each_other) {
+  const std::unique_ptr<Model> model = model_with();
+  model->accept_weights(weights_for(*model));
   const auto bfloat16 = caches(good_cache(), DType::kBFloat16);
-  model->accept_caches(bfloat16, bfloat16);
-  expect_throws([&] { prepare(); }, ErrorKind::kValue, "caches are bfloat16", "weights are float32");
+  expect_throws([&] { model->accept_caches(bfloat16, bfloat16); }, ErrorKind::kValue, "key cache 0",
+                "bfloat16", "must be float32 as the weights are");
+  const std::unique_ptr<Model> caches_first = model_with();
+  caches_first->accept_caches(bfloat16, bfloat16);
+  expect_throws([&] { caches_first->accept_weights(weights_for(*caches_first)); }, ErrorKind::kValue,
+                "must be bfloat16", "as the caches are", "float32");
+  const auto float32 = caches(good_cache());
+  caches_first->accept_caches(float32, float32);
+  caches_first->accept_weights(weights_for(*caches_first));
+
+  const std::unique_ptr<Model> empty = model_with();
+  for (const DType dtype : {DType::kInt8, DType::kOther}) {
+    const auto odd = caches(good_cache(), dtype);
+    expect_throws([&] { empty->accept_caches(odd, odd); }, ErrorKind::kValue, "key cache 0",
+                  dtype_name(dtype));
+  }
+  for (const DeviceType device : {DeviceType::kMeta, DeviceType::kOther}) {
+    auto nowhere = float32;
+    for (GivenTensor& cache : nowhere) cache.device = {device, 0};
+    expect_throws([&] { empty->accept_caches(nowhere, nowhere); }, ErrorKind::kValue, "key cache 0",
+                  "memory");
+  }
 }
 
 TEST(models_are_found_by_name) {

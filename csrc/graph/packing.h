@@ -1,0 +1,45 @@
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/device.h"
+#include "core/tensor_view.h"
+#include "graph/operation.h"
+
+namespace modeltorch {
+
+/// Weights of one node in the form that a device's kernel reads. Made once, shared by every object that was
+/// given the same tensors.
+class PackedWeight {
+ public:
+  virtual ~PackedWeight() = default;
+  virtual size_t bytes() const = 0;
+};
+
+using PackedWeightPtr = std::shared_ptr<const PackedWeight>;
+
+/// How a device packs the weights of an operation.
+struct WeightPacker {
+  /// The positions of the node's inputs that the packed form replaces; empty: the kernel reads them as they
+  /// are.
+  std::vector<size_t> (*replaces)(const Operation& operation, const std::vector<TensorDesc>& inputs);
+
+  /// A name for the form: equal tensors and equal names give equal bytes.
+  std::string (*format)(const Operation& operation);
+
+  /// Packs the replaced inputs, in order. Null: the node only shares a form that another node has made of the
+  /// same tensors, and otherwise reads them as they are.
+  PackedWeightPtr (*pack)(const Operation& operation, const std::vector<TensorView>& replaced);
+};
+
+/// Makes a device's packer for an operation known; called by static objects of the device's files.
+bool register_packer(std::string_view operation, DeviceType device, const WeightPacker& packer);
+
+/// The packer for (operation, device), or null.
+const WeightPacker* find_packer(std::string_view operation, DeviceType device);
+
+}  // namespace modeltorch

@@ -1,0 +1,59 @@
+#include "ops/panels.h"
+
+#include "core/cpu_level.h"
+
+namespace modeltorch {
+
+#if defined(__x86_64__)
+
+namespace level_avx512_bf16 {
+extern const PanelKernels kPanelKernels;
+}
+namespace level_amx {
+extern const PanelKernels kPanelKernels;
+}
+
+const PanelKernels* panel_kernels() {
+  if (cpu_level() >= CpuLevel::kAmx) return &level_amx::kPanelKernels;
+  if (cpu_level() >= CpuLevel::kAvx512Bf16) return &level_avx512_bf16::kPanelKernels;
+  return nullptr;
+}
+
+#else
+
+const PanelKernels* panel_kernels() {
+  return nullptr;
+}
+
+#endif
+
+void pack_panel(const PanelSource (&rows)[kPanelRows], int64_t k, BFloat16* panel) {
+  for (int64_t j = 0; j < k; j += 2) {
+    for (const PanelSource& row : rows) {
+      panel[0] = row.data == nullptr ? BFloat16(0.0f) : row.data[j * row.stride];
+      panel[1] = row.data == nullptr ? BFloat16(0.0f) : row.data[(j + 1) * row.stride];
+      panel += 2;
+    }
+  }
+}
+
+void pack_columns(const BFloat16* source, int64_t row_stride, int64_t k, BFloat16* panel) {
+  for (int64_t j = 0; j < k; j += 2, panel += 2 * kPanelRows) {
+    const BFloat16* even = source + j * row_stride;
+    const BFloat16* odd = even + row_stride;
+    for (int64_t lane = 0; lane < kPanelRows; ++lane) {
+      panel[2 * lane] = even[lane];
+      panel[2 * lane + 1] = j + 1 < k ? odd[lane] : BFloat16(0.0f);
+    }
+  }
+}
+
+void unpack_panel_row(const BFloat16* panels, int64_t row, int64_t k, BFloat16* out) {
+  const BFloat16* from = panels + row / kPanelRows * kPanelRows * k + row % kPanelRows * 2;
+  for (int64_t pair = 0; pair < k / 2; ++pair) {
+    out[2 * pair] = from[pair * 2 * kPanelRows];
+    out[2 * pair + 1] = from[pair * 2 * kPanelRows + 1];
+  }
+}
+
+}  // namespace modeltorch

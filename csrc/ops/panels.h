@@ -1,0 +1,79 @@
+#pragma once
+
+#include <cstdint>
+
+#include "core/half_floats.h"
+
+namespace modeltorch {
+
+/// The packed form of a bfloat16 matrix [n, k] whose rows are dotted with other rows: panels of 16 rows, and
+/// in a panel the pairs (k, k + 1) of every row side by side:
+///
+///     element (i, j) lies at  (i / 16) * 16 * k  +  (j / 2) * 32  +  (i % 16) * 2  +  j % 2
+///
+/// This is what the bfloat16 dot products of AVX-512 and the tiles of AMX read, for one row of the other side
+/// as for many. k is even; the rows that fill up the last panel are zeros.
+inline constexpr int64_t kPanelRows = 16;
+
+/// Elements of a packed [n, k].
+inline int64_t panel_elements(int64_t n, int64_t k) {
+  return (n + kPanelRows - 1) / kPanelRows * kPanelRows * k;
+}
+
+/// A row on its way into a panel: its elements lie `stride` apart. Without data it is zeros.
+struct PanelSource {
+  const BFloat16* data = nullptr;
+  int64_t stride = 1;
+};
+
+/// Packs one panel of k columns.
+void pack_panel(const PanelSource (&rows)[kPanelRows], int64_t k, BFloat16* panel);
+
+/// Packs a panel of columns of a [k, 16] block for products whose summands are its rows: row j starts at
+/// source + j * row_stride. An odd k is filled up with a row of zeros.
+void pack_columns(const BFloat16* source, int64_t row_stride, int64_t k, BFloat16* panel);
+
+/// Reads row `row` back.
+void unpack_panel_row(const BFloat16* panels, int64_t row, int64_t k, BFloat16* out);
+
+/// Rows of `a` times a run of panels.
+struct PanelProduct {
+  const BFloat16* a = nullptr;  ///< row i starts at a + i * a_stride
+  int64_t a_stride = 0;
+  int64_t m = 0;
+  const BFloat16* panels = nullptr;  ///< the first panel of the run; the next one starts panel_stride further
+  int64_t panel_stride = 0;
+  int64_t k = 0;  ///< summands, even; at most panel_stride / 16
+  int64_t n = 0;  ///< columns of the result
+};
+
+/// The state of one row of a running softmax (Milakov and Gimelshein, 2018).
+struct SoftmaxRow {
+  float scale = 1.0f;
+  float* maximum = nullptr;  ///< of scale * score so far
+  float* sum = nullptr;      ///< of the weights so far
+  float* out = nullptr;      ///< [d], weighted values so far
+  int64_t d = 0;
+};
+
+/// The inner loops over panels. Sums are float32.
+struct PanelKernels {
+  /// out[i * out_stride + j] = or += a row i . packed row j. Columns are written up to the end of the last
+  /// panel.
+  void (*to_float)(const PanelProduct& product, bool accumulate, float* out, int64_t out_stride);
+  /// y[i * y_stride + j] = a row i . packed row j + bias[j]; bias may be null. Exactly n columns are written.
+  void (*to_bfloat16)(const PanelProduct& product, const BFloat16* bias, BFloat16* y, int64_t y_stride);
+  /// A step of a running softmax over one row: weights[j] = exp(scale * scores[j] - maximum) for j < visible
+  /// and 0 for the rest of `count` (a multiple of 16). Updates the maximum and the sum, and multiplies out[d]
+  /// (d a multiple of 16) by what the old maximum was off.
+  void (*soften)(const SoftmaxRow& row, const float* scores, int64_t visible, int64_t count,
+                 BFloat16* weights);
+  /// y[i] = x[i] * scale over n elements, a multiple of 16.
+  void (*scale_to_bfloat16)(const float* x, float scale, int64_t n, BFloat16* y);
+};
+
+/// The kernels of the level that this process uses, or null where that level has no bfloat16 products: it
+/// keeps matrices as they are.
+const PanelKernels* panel_kernels();
+
+}  // namespace modeltorch

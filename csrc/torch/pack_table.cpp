@@ -1,0 +1,103 @@
+#include "torch/pack_table.h"
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <utility>
+
+#include "core/check.h"
+#include "core/host_buffer.h"
+#include "torch/tensors.h"
+
+namespace modeltorch {
+namespace {
+
+struct Entry {
+  std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>> storages;
+  std::weak_ptr<const PackedWeight> packed;
+
+  bool is_alive() const {
+    const bool all =
+        std::all_of(storages.begin(), storages.end(), [](const auto& s) { return !s.expired(); });
+    return all && !packed.expired();
+  }
+};
+
+struct PackTable {
+  std::mutex mutex;
+  std::map<std::string, Entry> entries;
+};
+
+PackTable& table() {
+  static PackTable instance;
+  return instance;
+}
+
+std::string key_of(const std::vector<at::Tensor>& tensors, const std::string& format) {
+  std::string key = format;
+  for (const at::Tensor& tensor : tensors) {
+    const int64_t version = tensor.is_inference() ? 0 : static_cast<int64_t>(tensor._version());
+    key += concat("|", tensor.storage().unsafeGetStorageImpl(), " ", tensor.storage_offset(), " ",
+                  tensor.sizes(), " ", tensor.strides(), " ", tensor.scalar_type(), " ", tensor.device(), " ",
+                  version);
+  }
+  return key;
+}
+
+}  // namespace
+
+PackedWeightPtr shared_packed_weight(const std::vector<at::Tensor>& tensors, const std::string& format,
+                                     const std::function<PackedWeightPtr()>& make) {
+  PackTable& known = table();
+  const std::lock_guard lock(known.mutex);
+  std::erase_if(known.entries, [](const auto& item) { return !item.second.is_alive(); });
+  const std::string key = key_of(tensors, format);
+  const auto found = known.entries.find(key);
+  if (found != known.entries.end()) return found->second.packed.lock();
+  if (make == nullptr) return nullptr;
+  PackedWeightPtr packed = make();
+  Entry& entry = known.entries[key];
+  for (const at::Tensor& tensor : tensors) {
+    entry.storages.emplace_back(
+        c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(tensor.storage().unsafeGetStorageImpl()));
+  }
+  entry.packed = packed;
+  return packed;
+}
+
+namespace {
+
+PackedWeightPtr pack(const GraphRunner& runner, const GraphRunner::PackRequest& request,
+                     const std::vector<at::Tensor>& tensors) {
+  const Operation& operation = runner.operation(request.node);
+  std::function<PackedWeightPtr()> make;
+  if (request.packer->pack != nullptr) {
+    make = [&] {
+      const std::vector<TensorView> views = views_of(describe(tensors));
+      PackedWeightPtr packed = request.packer->pack(operation, views);
+      for (const TensorView& view : views) advise_unused(view.data, view.bytes());
+      return packed;
+    };
+  }
+  return shared_packed_weight(tensors, request.packer->format(operation), make);
+}
+
+}  // namespace
+
+void pack_weights(GraphRunner& runner, std::vector<at::Tensor>& weights,
+                  const std::function<void(double)>& progress) {
+  const std::vector<GraphRunner::PackRequest> requests = runner.pack_requests();
+  for (size_t index = 0; index < requests.size(); ++index) {
+    std::vector<at::Tensor> tensors;
+    for (const int32_t slot : requests[index].slots) tensors.push_back(weights[slot]);
+    PackedWeightPtr packed = pack(runner, requests[index], tensors);
+    if (packed != nullptr) runner.bind_packed(requests[index], std::move(packed));
+    progress(static_cast<double>(index + 1) / static_cast<double>(requests.size()));
+  }
+  for (size_t slot = 0; slot < weights.size(); ++slot) {
+    if (!runner.reads_weight(static_cast<int32_t>(slot))) weights[slot].reset();
+  }
+}
+
+}  // namespace modeltorch
