@@ -3,7 +3,9 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include "core/check.h"
 #include "core/cpu_level.h"
+#include "ops/read_rate.h"
 #include "torch/errors.h"
 #include "torch/model_object.h"
 #include "torch/operation_object.h"
@@ -26,6 +28,12 @@ TORCH_LIBRARY(ModelTorch, library) {
   library.class_<OperationObject>("Operation")
       .def(torch::init<std::string, c10::Dict<std::string, double>>())
       .def("run", &OperationObject::run);
+  library.def("read_all(Tensor data) -> int", [](const at::Tensor& data) {
+    return translate_errors("read_all", [&] {
+      check(data.is_cpu() && data.is_contiguous(), "data must be a contiguous tensor on the cpu");
+      return static_cast<int64_t>(read_all(data.const_data_ptr(), data.nbytes()));
+    });
+  });
   library.def("cpu_level() -> str", []() {
     return translate_errors("cpu_level", [] { return std::string(cpu_level_name(cpu_level())); });
   });

@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/check.h"
+#include "core/parallel.h"
 #include "models/parameters.h"
 #include "models/registry.h"
 #include "torch/errors.h"
@@ -118,6 +119,7 @@ Step ModelObject::prepare(const std::vector<at::Tensor>& inputs, const std::stri
 
 void ModelObject::run(const Step& step, const std::vector<at::Tensor>& outputs) {
   const std::vector<TensorView> views = views_of(describe(outputs));
+  const ThreadShare share;
   state_.runner->run(step.inputs, views, step.info, *state_.arena, nullptr);
 }
 

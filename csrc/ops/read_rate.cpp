@@ -1,0 +1,37 @@
+#include "ops/read_rate.h"
+
+#include <atomic>
+
+#include "core/parallel.h"
+
+namespace modeltorch {
+namespace {
+
+typedef uint64_t Line __attribute__((vector_size(64), aligned(8), may_alias));
+constexpr int64_t kStreams = 8;
+
+uint64_t read_part(const Line* lines, int64_t count) {
+  Line sums[kStreams] = {};
+  const int64_t each = count / kStreams;
+  for (int64_t index = 0; index < each; ++index) {
+    for (int64_t stream = 0; stream < kStreams; ++stream) sums[stream] += lines[stream * each + index];
+  }
+  for (int64_t index = each * kStreams; index < count; ++index) sums[0] += lines[index];
+  uint64_t total = 0;
+  for (const Line& sum : sums) {
+    for (int lane = 0; lane < 8; ++lane) total += sum[lane];
+  }
+  return total;
+}
+
+}  // namespace
+
+uint64_t read_all(const void* data, size_t bytes) {
+  std::atomic<uint64_t> total{0};
+  parallel_for(static_cast<int64_t>(bytes / sizeof(Line)), 1, [&](int64_t begin, int64_t end) {
+    total += read_part(static_cast<const Line*>(data) + begin, end - begin);
+  });
+  return total.load();
+}
+
+}  // namespace modeltorch
