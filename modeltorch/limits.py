@@ -63,13 +63,11 @@ class ReadRate:
     samples: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._data = torch.ones(_READ_SAMPLE_BYTES, dtype=torch.uint8)
+        self._probe = torch.classes.ModelTorch.ReadProbe(_READ_SAMPLE_BYTES)
 
     def sample(self) -> None:
         """Reads the sample once with every thread."""
-        start = time.perf_counter()
-        torch.ops.ModelTorch.read_all(self._data)
-        self.samples.append(_READ_SAMPLE_BYTES / (time.perf_counter() - start) / 1e9)
+        self.samples.append(_READ_SAMPLE_BYTES / self._probe.seconds() / 1e9)
 
     def limit(self, moved: int, seconds: float) -> Limit:
         """For a step that moves so many bytes in so much time."""

@@ -1,6 +1,7 @@
 #include "ops/read_rate.h"
 
 #include <atomic>
+#include <cstring>
 
 #include "core/parallel.h"
 
@@ -26,11 +27,15 @@ uint64_t read_part(const Line* lines, int64_t count) {
 
 }  // namespace
 
-uint64_t read_all(const void* data, size_t bytes) {
+ReadProbe::ReadProbe(size_t bytes) : buffer_(bytes) {
+  std::memset(buffer_.data(), 1, bytes);
+}
+
+uint64_t ReadProbe::read() const {
   std::atomic<uint64_t> total{0};
-  parallel_for(static_cast<int64_t>(bytes / sizeof(Line)), 1, [&](int64_t begin, int64_t end) {
-    total += read_part(static_cast<const Line*>(data) + begin, end - begin);
-  });
+  const auto* lines = static_cast<const Line*>(buffer_.data());
+  parallel_for(static_cast<int64_t>(bytes() / sizeof(Line)), 1,
+               [&](int64_t begin, int64_t end) { total += read_part(lines + begin, end - begin); });
   return total.load();
 }
 

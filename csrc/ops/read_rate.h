@@ -3,10 +3,24 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/host_buffer.h"
+
 namespace modeltorch {
 
-/// Reads `bytes` of memory once with every thread of the pool, each walking several streams side by side, and
-/// returns a value that depends on all of them. Benchmarks time it: no step that reads as much can be faster.
-uint64_t read_all(const void* data, size_t bytes);
+/// Memory that is read from end to end to see how fast this machine can: no step that reads as much is
+/// faster.
+class ReadProbe {
+ public:
+  explicit ReadProbe(size_t bytes);
+
+  size_t bytes() const { return buffer_.bytes(); }
+
+  /// Reads all of it once with every thread of the pool, each walking several streams side by side. Returns a
+  /// value that depends on every byte, so that nothing is left out.
+  uint64_t read() const;
+
+ private:
+  HostBuffer buffer_;
+};
 
 }  // namespace modeltorch

@@ -3,7 +3,8 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
-#include "core/check.h"
+#include <chrono>
+
 #include "core/cpu_level.h"
 #include "ops/read_rate.h"
 #include "torch/errors.h"
@@ -12,6 +13,22 @@
 
 namespace modeltorch {
 namespace {
+
+/// torch.classes.ModelTorch.ReadProbe(bytes): seconds() reads so much memory once, with every thread.
+class ReadProbeObject final : public torch::CustomClassHolder {
+ public:
+  explicit ReadProbeObject(int64_t bytes) : probe_(static_cast<size_t>(bytes)) {}
+
+  double seconds() {
+    const auto start = std::chrono::steady_clock::now();
+    checksum_ += probe_.read();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+
+ private:
+  ReadProbe probe_;
+  uint64_t checksum_ = 0;
+};
 
 TORCH_LIBRARY(ModelTorch, library) {
   library.class_<ModelObject>("ModelTorch")
@@ -28,12 +45,9 @@ TORCH_LIBRARY(ModelTorch, library) {
   library.class_<OperationObject>("Operation")
       .def(torch::init<std::string, c10::Dict<std::string, double>>())
       .def("run", &OperationObject::run);
-  library.def("read_all(Tensor data) -> int", [](const at::Tensor& data) {
-    return translate_errors("read_all", [&] {
-      check(data.is_cpu() && data.is_contiguous(), "data must be a contiguous tensor on the cpu");
-      return static_cast<int64_t>(read_all(data.const_data_ptr(), data.nbytes()));
-    });
-  });
+  library.class_<ReadProbeObject>("ReadProbe")
+      .def(torch::init<int64_t>())
+      .def("seconds", &ReadProbeObject::seconds);
   library.def("cpu_level() -> str", []() {
     return translate_errors("cpu_level", [] { return std::string(cpu_level_name(cpu_level())); });
   });
