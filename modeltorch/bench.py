@@ -17,11 +17,13 @@ import torch
 from modeltorch import shapes
 from modeltorch.engine import DecodeBatch, Engine, Request
 from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
+from modeltorch.limits import Limit, LinearRate, ReadRate, decode_bytes, prefill_flops
 
 DECODE_STEPS = 128
 """Timed steps of a decode measurement; the context grows by one each, around its mean."""
 
 _WARM_UP_STEPS = 8
+_STEPS_PER_SAMPLE = 8  # timed steps between two samples of the machine's read rate
 
 
 def hardware(device: torch.device) -> str:
@@ -86,11 +88,15 @@ class Result:
     least: float
     most: float
     runs: int
+    limit: Limit | None = None
 
     def row(self) -> str:
         """The measurement as a line of a table."""
         spread = f"({self.least:.5g} to {self.most:.5g}, {self.runs} runs)"
-        return f"{self.subject.name:14} {self.workload:24} {self.value:10.5g} {self.unit:6} {spread}"
+        bound = ""
+        if self.limit is not None:
+            bound = f"  {self.limit.fraction:.1%} of {self.limit.rate:.4g} {self.limit.unit}"
+        return f"{self.subject.name:14} {self.workload:24} {self.value:10.5g} {self.unit:6} {spread}{bound}"
 
     def as_json(self) -> dict[str, Any]:
         """The measurement under the keys that benchmarks/ reads."""
@@ -108,14 +114,22 @@ class Result:
             "runs": self.runs,
             "commit": _commit(),
             "torch": torch.__version__,
-        }
+        } | self._limit_as_json()
+
+    def _limit_as_json(self) -> dict[str, Any]:
+        if self.limit is None:
+            return {}
+        limit, unit, fraction = self.limit.rate, self.limit.unit, self.limit.fraction
+        return {"limit": limit, "limit_unit": unit, "fraction_of_limit": fraction}
 
 
-def _both_units(subject: Subject, workload: str, seconds: Sequence[float], tokens: int) -> Iterator[Result]:
+def _both_units(
+    subject: Subject, workload: str, seconds: Sequence[float], tokens: int, limit: Limit | None
+) -> Iterator[Result]:
     median, least, most = statistics.median(seconds), min(seconds), max(seconds)
     runs = len(seconds)
-    yield Result(subject, workload, "ms", median * 1e3, least * 1e3, most * 1e3, runs)
-    yield Result(subject, workload, "tok/s", tokens / median, tokens / most, tokens / least, runs)
+    yield Result(subject, workload, "ms", median * 1e3, least * 1e3, most * 1e3, runs, limit)
+    yield Result(subject, workload, "tok/s", tokens / median, tokens / most, tokens / least, runs, limit)
 
 
 def _synchronise(device: torch.device) -> None:
@@ -148,12 +162,19 @@ def prefill(subject: Subject, batch: int, length: int, runs: int) -> Iterator[Re
     """Whole prefills of `batch` prompts of `length` tokens, logits of the last rows only, sampling included."""
     engine = Engine(subject.model)
     requests = _admitted(engine, _prompts(subject, [length] * batch), 1)
+    device = subject.model.device
+    rate = LinearRate(subject.model, batch * length) if device.type == "cpu" else None
     seconds = []
     for _ in range(runs + 1):
-        seconds.append(_seconds(subject.model.device, lambda: engine.prefill_step(requests)))
+        seconds.append(_seconds(device, lambda: engine.prefill_step(requests)))
+        if rate is not None:
+            rate.sample()
     for request in requests:
         engine.cache.release(request.blocks)
-    yield from _both_units(subject, f"prefill_b{batch}_s{length}", seconds[1:], batch * length)
+    limit = None
+    if rate is not None:
+        limit = rate.limit(prefill_flops(subject.model, [length] * batch), statistics.median(seconds[1:]))
+    yield from _both_units(subject, f"prefill_b{batch}_s{length}", seconds[1:], batch * length, limit)
 
 
 def _first_context(context: int) -> int:
@@ -200,15 +221,22 @@ def decode(subject: Subject, batch: int, context: int) -> Iterator[Result]:
         request.new_tokens.append(0)
     steps = DecodeBatch(requests, engine.cache.block_size, subject.model.device)
     device = subject.model.device
-    seconds = [_seconds(device, lambda: engine.decode_step(steps)) for _ in range(_WARM_UP_STEPS + DECODE_STEPS)]
+    rate = ReadRate() if device.type == "cpu" else None
+    seconds = []
+    for step in range(_WARM_UP_STEPS + DECODE_STEPS):
+        seconds.append(_seconds(device, lambda: engine.decode_step(steps)))
+        if rate is not None and step % _STEPS_PER_SAMPLE == 0:
+            rate.sample()
     for request in requests:
         engine.cache.release(request.blocks)
-    yield from _both_units(subject, f"decode_b{batch}_ctx{context}", seconds[_WARM_UP_STEPS:], batch)
+    timed = seconds[_WARM_UP_STEPS:]
+    limit = None
+    if rate is not None:
+        limit = rate.limit(decode_bytes(subject.model, batch, context), statistics.median(timed))
+    yield from _both_units(subject, f"decode_b{batch}_ctx{context}", timed, batch, limit)
 
 
-def serve(
-    subject: Subject, requests: int, prompt_range: tuple[int, int] = (64, 512), new_tokens: int = 128
-) -> Iterator[Result]:
+def serve(subject: Subject, requests: int, prompt_range: tuple[int, int], new_tokens: int) -> Iterator[Result]:
     """`requests` requests at once, prompts of uniform length, greedy, each to its full length; whole seconds."""
     generator = random.Random(1)
     prompts = _prompts(subject, [generator.randint(*prompt_range) for _ in range(requests)])
@@ -229,6 +257,8 @@ def measure(
     decode_batches: Sequence[int],
     requests: int,
     runs: int,
+    request_prompt: tuple[int, int] = (64, 512),
+    request_new_tokens: int = 128,
 ) -> Iterator[Result]:
     """Every workload that the options ask for, one after the other; none if one of them cannot run."""
     for batch in prefill_batches:
@@ -237,6 +267,8 @@ def measure(
     for batch in decode_batches:
         for context in contexts:
             _check(subject, batch, _first_context(context), DECODE_STEPS + _WARM_UP_STEPS + 1)
+    if requests:
+        _check(subject, 1, request_prompt[1], request_new_tokens)
     for batch in prefill_batches:
         for length in prompt_lengths:
             yield from prefill(subject, batch, length, runs)
@@ -244,4 +276,4 @@ def measure(
         for context in contexts:
             yield from decode(subject, batch, context)
     if requests:
-        yield from serve(subject, requests)
+        yield from serve(subject, requests, request_prompt, request_new_tokens)

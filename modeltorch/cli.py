@@ -27,6 +27,14 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
+def _range(text: str) -> tuple[int, int]:
+    """The least and the most of something."""
+    numbers = _numbers(text)
+    if len(numbers) != 2 or numbers[0] > numbers[1]:
+        raise argparse.ArgumentTypeError(f"expected the least and the most, got {text!r}")
+    return numbers[0], numbers[1]
+
+
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
@@ -57,6 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--context", type=_numbers, default=[128, 2048], metavar="N,N")
     bench.add_argument("--decode-batch", type=_numbers, default=[1, 8], metavar="N,N")
     bench.add_argument("--requests", type=int, default=0, help="also serve this many requests end to end")
+    bench.add_argument("--request-prompt", type=_range, default=(64, 512), metavar="N,N", help="their prompt lengths")
+    bench.add_argument("--request-new-tokens", type=int, default=128, help="new tokens of each (default: 128)")
     bench.add_argument("--runs", type=int, default=5, help="timed prefills (default: 5)")
     bench.add_argument("--json", metavar="FILE", help="append one JSON object a measurement to FILE")
     _add_model_options(bench)
@@ -111,7 +121,11 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     from modeltorch import bench
 
-    for option, value, least in (("--runs", arguments.runs, 1), ("--requests", arguments.requests, 0)):
+    for option, value, least in (
+        ("--runs", arguments.runs, 1),
+        ("--requests", arguments.requests, 0),
+        ("--request-new-tokens", arguments.request_new_tokens, 1),
+    ):
         if value < least:
             raise ValueError(f"{option} must be at least {least}, got {value}")
     if arguments.model is not None:
@@ -128,6 +142,8 @@ def _bench(arguments: argparse.Namespace) -> None:
             decode_batches=arguments.decode_batch,
             requests=arguments.requests,
             runs=arguments.runs,
+            request_prompt=arguments.request_prompt,
+            request_new_tokens=arguments.request_new_tokens,
         ):
             print(result.row(), flush=True)
             if file:

@@ -27,6 +27,7 @@ KEYS = {
     "commit": str,
     "torch": str,
 }
+LIMIT_KEYS = {"limit": float, "limit_unit": str, "fraction_of_limit": float}
 QUICK = ["--prompt-len", "8", "--context", "80", "--decode-batch", "1", "--runs", "2", "--threads", "1"]
 
 
@@ -77,7 +78,9 @@ def test_every_workload_is_measured_in_its_units(report):
 def test_each_line_has_the_agreed_keys(report):
     found, _ = report
     for line in found.values():
-        assert {key: type(value) for key, value in line.items()} == KEYS
+        limits = {} if line["unit"] == "s" else LIMIT_KEYS
+        assert {key: type(value) for key, value in line.items()} == KEYS | limits
+        assert all(line[key] > 0 for key in limits if key != "limit_unit")
         assert all(line[key] for key, kind in KEYS.items() if kind is str)
         said = {key: line[key] for key in ("model", "device", "dtype", "torch")}
         assert said == {"model": "tiny", "device": "cpu", "dtype": "float32", "torch": torch.__version__}

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/parallel.h"
 #include "core/warn.h"
 #include "graph/fusion.h"
 
@@ -122,6 +123,8 @@ void GraphRunner::run(std::span<const TensorView> inputs, std::span<const Tensor
   settle();
   const Bindings bindings{inputs, weights_, caches_, outputs};
   const Bucket bucket{bucket_size(step.tokens), bucket_size(step.sequences), bucket_size(step.logit_rows)};
+  if (pool_width_ != pool_width()) plans_.clear();  // kernels made room for as many threads
+  pool_width_ = pool_width();
   Plan& plan = plan_for(bucket, bindings);
   if (plan.bound_version() != version_) plan.bind_persistent(bindings, version_);
   plan.bind(bindings, step, arena.reserve(plan.arena_bytes()));

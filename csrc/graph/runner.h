@@ -100,8 +100,9 @@ class GraphRunner {
   std::vector<TensorView> weights_;
   std::vector<PackedWeightPtr> packed_;  ///< by node
   std::vector<TensorView> caches_;
-  int64_t version_ = 0;    ///< grows with every binding of weights or caches
-  std::list<Plan> plans_;  ///< most recently used first
+  int64_t pool_width_ = 0;  ///< the plans were made for
+  int64_t version_ = 0;     ///< grows with every binding of weights or caches
+  std::list<Plan> plans_;   ///< most recently used first
   Counters counters_;
 };
 

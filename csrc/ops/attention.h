@@ -31,7 +31,7 @@ class CpuAttention {
   explicit CpuAttention(const AttentionShape& shape)
       : shape_(shape),
         queries_per_block_(shape.group() >= kMaxRows ? 1 : kMaxRows / shape.group()),
-        threads_(parallel_backend().width()) {}
+        threads_(pool_width()) {}
 
   int64_t queries_per_block() const { return queries_per_block_; }
   size_t workspace_bytes() const { return static_cast<size_t>(threads_) * scratch_bytes(); }

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "ops/attention.h"
+#include "ops/panel_paged_attention.h"
 #include "ops/shape_check.h"
 
 namespace modeltorch {
@@ -72,6 +73,9 @@ class PagedAttentionCpu final : public Kernel {
 
 std::unique_ptr<Kernel> make(const KernelSetup& setup) {
   const AttentionShape& shape = dynamic_cast<const PagedAttention&>(setup.operation).shape;
+  if (compute_dtype(setup) == DType::kBFloat16 && PanelPagedAttention::serves(shape)) {
+    return std::make_unique<PanelPagedAttention>(shape, setup.inputs[4].dims[0]);
+  }
   return make_typed_kernel<PagedAttentionCpu>(setup, shape);
 }
 

@@ -41,7 +41,7 @@ PanelSelfAttention::PanelSelfAttention(const AttentionShape& shape, int64_t toke
     : shape_(shape),
       queries_per_block_(std::max<int64_t>(1, kMaxRows / shape.group())),
       padded_tokens_(tokens + sequences * (kPanelRows - 1)),
-      threads_(parallel_backend().width()) {}
+      threads_(pool_width()) {}
 
 size_t PanelSelfAttention::workspace_bytes() const {
   const int64_t packed = 2 * padded_tokens_ * shape_.kv_heads * shape_.head_size * 2;

@@ -10,11 +10,11 @@ namespace level_avx512_bf16 {
 extern const PanelKernels kPanelKernels;
 }
 namespace level_amx {
-extern const PanelKernels kPanelKernels;
+const PanelKernels& panel_kernels();
 }
 
 const PanelKernels* panel_kernels() {
-  if (cpu_level() >= CpuLevel::kAmx) return &level_amx::kPanelKernels;
+  if (cpu_level() >= CpuLevel::kAmx) return &level_amx::panel_kernels();
   if (cpu_level() >= CpuLevel::kAvx512Bf16) return &level_avx512_bf16::kPanelKernels;
   return nullptr;
 }

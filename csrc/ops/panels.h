@@ -70,6 +70,14 @@ struct PanelKernels {
                  BFloat16* weights);
   /// y[i] = x[i] * scale over n elements, a multiple of 16.
   void (*scale_to_bfloat16)(const float* x, float scale, int64_t n, BFloat16* y);
+  /// scores[r * scores_stride + j] = query row r . key j, for keys that lie `stride` apart and are not
+  /// packed.
+  void (*score_keys)(const BFloat16* queries, int64_t rows, int64_t d, const BFloat16* keys, int64_t stride,
+                     int64_t count, float* scores, int64_t scores_stride);
+  /// out[r * d + i] += sum over j of weights[r * weights_stride + j] * value j [i], d a multiple of 16. The
+  /// weight after the last key is read, and must be finite.
+  void (*weigh_values)(const BFloat16* weights, int64_t weights_stride, int64_t rows, const BFloat16* values,
+                       int64_t stride, int64_t count, float* out, int64_t d);
 };
 
 /// The kernels of the level that this process uses, or null where that level has no bfloat16 products: it

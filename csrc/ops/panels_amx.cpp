@@ -156,17 +156,20 @@ void to_bfloat16(const PanelProduct& product, const BFloat16* bias, BFloat16* y,
   });
 }
 
-void soften(const SoftmaxRow& row, const float* scores, int64_t visible, int64_t count, BFloat16* weights) {
-  level_avx512_bf16::kPanelKernels.soften(row, scores, visible, count, weights);
-}
-
-void scale_to_bfloat16(const float* x, float scale, int64_t n, BFloat16* y) {
-  level_avx512_bf16::kPanelKernels.scale_to_bfloat16(x, scale, n, y);
+// What does not multiply whole tiles is that of the level below.
+PanelKernels make_kernels() {
+  PanelKernels kernels = level_avx512_bf16::kPanelKernels;
+  kernels.to_float = to_float;
+  kernels.to_bfloat16 = to_bfloat16;
+  return kernels;
 }
 
 }  // namespace
 
-extern const PanelKernels kPanelKernels = {to_float, to_bfloat16, soften, scale_to_bfloat16};
+const PanelKernels& panel_kernels() {
+  static const PanelKernels kernels = make_kernels();
+  return kernels;
+}
 
 }  // namespace level_amx
 }  // namespace modeltorch

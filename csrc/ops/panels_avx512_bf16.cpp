@@ -8,6 +8,7 @@
 #include "ops/panels.h"
 
 #define MODELTORCH_LANES 16
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC's own intrinsics
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
 
 namespace modeltorch {
@@ -27,14 +28,19 @@ static inline Vec add_pair(Vec sum, __m512bh w, const BFloat16* a) {
   return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), w, spread));
 }
 
+// Weights that come from memory, not from the cache, are asked for this far ahead: with several rows to
+// multiply, the loads alone do not run far enough ahead to keep the memory busy (bench_ops Linear, 8 rows).
+constexpr int64_t kPrefetchElements = 32 * 32;
+
 // R rows of a against P panels, all sums in registers.
-template <int64_t R, int64_t P>
+template <int64_t R, int64_t P, bool kPrefetch>
 static inline void multiply_tile(const PanelProduct& product, int64_t row, int64_t panel, Vec (&acc)[R][P]) {
   const BFloat16* a = product.a + row * product.a_stride;
   const BFloat16* w = product.panels + panel * product.panel_stride;
   for (int64_t k = 0; k < product.k; k += 2) {
     for (int64_t p = 0; p < P; ++p) {
       const BFloat16* pairs = w + p * product.panel_stride + k * kPanelRows;
+      if constexpr (kPrefetch) __builtin_prefetch(pairs + kPrefetchElements);
       const auto packed = reinterpret_cast<__m512bh>(_mm512_loadu_si512(pairs));
       for (int64_t r = 0; r < R; ++r) acc[r][p] = add_pair(acc[r][p], packed, a + r * product.a_stride + k);
     }
@@ -105,11 +111,11 @@ struct BFloat16Sink {
   }
 };
 
-template <int64_t R, int64_t P, class Sink>
+template <int64_t R, int64_t P, bool kPrefetch = false, class Sink>
 static inline void run_tile(const PanelProduct& product, const Sink& sink, int64_t row, int64_t panel) {
   Vec acc[R][P];
   sink.template start<R, P>(product, row, panel, acc);
-  multiply_tile<R, P>(product, row, panel, acc);
+  multiply_tile<R, P, kPrefetch>(product, row, panel, acc);
   sink.template finish<R, P>(product, row, panel, acc);
 }
 
@@ -129,8 +135,41 @@ static inline void run_panels(const PanelProduct& product, const Sink& sink, int
   run_last_rows<kTileRows - 1, P>(product, sink, row, panel);
 }
 
+// Few rows: all of them in one tile, so that every weight is read once, with as many panels as the registers
+// hold.
+template <int64_t R, class Sink>
+static inline void run_few_rows(const PanelProduct& product, const Sink& sink) {
+  constexpr int64_t kPanels = R == 1 ? 4 : R <= 3 ? 8 : R == 4 ? 6 : R <= 6 ? 4 : 3;
+  constexpr bool kPrefetch = R > 4;
+  const int64_t panels = (product.n + kPanelRows - 1) / kPanelRows;
+  int64_t panel = 0;
+  for (; panel + kPanels <= panels; panel += kPanels)
+    run_tile<R, kPanels, kPrefetch>(product, sink, 0, panel);
+  for (; panel < panels; ++panel) run_tile<R, 1, kPrefetch>(product, sink, 0, panel);
+}
+
 template <class Sink>
 static inline void run_product(const PanelProduct& product, const Sink& sink) {
+  switch (product.m) {
+    case 1:
+      return run_few_rows<1>(product, sink);
+    case 2:
+      return run_few_rows<2>(product, sink);
+    case 3:
+      return run_few_rows<3>(product, sink);
+    case 4:
+      return run_few_rows<4>(product, sink);
+    case 5:
+      return run_few_rows<5>(product, sink);
+    case 6:
+      return run_few_rows<6>(product, sink);
+    case 7:
+      return run_few_rows<7>(product, sink);
+    case 8:
+      return run_few_rows<8>(product, sink);
+    default:
+      break;
+  }
   const int64_t panels = (product.n + kPanelRows - 1) / kPanelRows;
   int64_t panel = 0;
   for (; panel + kTilePanels <= panels; panel += kTilePanels) run_panels<kTilePanels>(product, sink, panel);
@@ -173,7 +212,105 @@ static void scale_to_bfloat16(const float* x, float scale, int64_t n, BFloat16* 
   for (int64_t i = 0; i < n; i += kLanes) store(y + i, load(x + i) * scale);
 }
 
-extern const PanelKernels kPanelKernels = {to_float, to_bfloat16, soften, scale_to_bfloat16};
+// The 16 sums of 16 vectors, in order.
+static inline Vec sum_sixteen(const Vec (&v)[16]) {
+  Vec4 quads[4];
+  for (int q = 0; q < 4; ++q) quads[q] = sum_each(v[4 * q], v[4 * q + 1], v[4 * q + 2], v[4 * q + 3]);
+  Vec sums;
+  __builtin_memcpy(&sums, quads, sizeof(sums));
+  return sums;
+}
+
+static inline __m512bh load_summands(const BFloat16* p, int64_t count) {
+  const auto mask = static_cast<__mmask32>(count >= 32 ? ~0u : (1u << count) - 1);
+  return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(mask, p));
+}
+
+static void score_keys(const BFloat16* queries, int64_t rows, int64_t d, const BFloat16* keys, int64_t stride,
+                       int64_t count, float* scores, int64_t scores_stride) {
+  for (int64_t first = 0; first < count; first += 16) {
+    const int64_t group = count - first < 16 ? count - first : 16;
+    for (int64_t row = 0; row < rows; ++row) {
+      Vec acc[16] = {};
+      for (int64_t at = 0; at < d; at += 32) {
+        const __m512bh query = load_summands(queries + row * d + at, d - at);
+        for (int64_t j = 0; j < 16; ++j) {
+          // Rows past the last key repeat it: a row that was never written must not be read.
+          const BFloat16* key = keys + (first + (j < group ? j : group - 1)) * stride + at;
+          acc[j] = reinterpret_cast<Vec>(
+              _mm512_dpbf16_ps(reinterpret_cast<__m512>(acc[j]), load_summands(key, d - at), query));
+        }
+      }
+      const Vec sums = sum_sixteen(acc);
+      if (group == 16) {
+        store(scores + row * scores_stride + first, sums);
+      } else {
+        store_some(scores + row * scores_stride + first, sums, group);
+      }
+    }
+  }
+}
+
+// Pairs (value j, value j + 1) of 16 columns; the second is zero past the last key.
+static inline __m512bh pair_values(const BFloat16* value, int64_t stride, bool has_second) {
+  const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(value));
+  __m512i pairs = _mm512_cvtepu16_epi32(first);
+  if (has_second) {
+    const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(value + stride));
+    pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+  }
+  return reinterpret_cast<__m512bh>(pairs);
+}
+
+// R rows, C vectors of 16 columns.
+template <int64_t R, int64_t C>
+static inline void weigh_tile(const BFloat16* weights, int64_t weights_stride, const BFloat16* values,
+                              int64_t stride, int64_t count, float* out, int64_t d) {
+  Vec acc[R][C];
+  for (int64_t r = 0; r < R; ++r) {
+    for (int64_t c = 0; c < C; ++c) acc[r][c] = load(out + r * d + c * kLanes);
+  }
+  for (int64_t j = 0; j < count; j += 2) {
+    for (int64_t c = 0; c < C; ++c) {
+      const __m512bh pairs = pair_values(values + j * stride + c * kLanes, stride, j + 1 < count);
+      for (int64_t r = 0; r < R; ++r)
+        acc[r][c] = add_pair(acc[r][c], pairs, weights + r * weights_stride + j);
+    }
+  }
+  for (int64_t r = 0; r < R; ++r) {
+    for (int64_t c = 0; c < C; ++c) store(out + r * d + c * kLanes, acc[r][c]);
+  }
+}
+
+template <int64_t C>
+static inline void weigh_columns(const BFloat16* weights, int64_t weights_stride, int64_t rows,
+                                 const BFloat16* values, int64_t stride, int64_t count, float* out,
+                                 int64_t d) {
+  int64_t row = 0;
+  for (; row + 6 <= rows; row += 6) {
+    weigh_tile<6, C>(weights + row * weights_stride, weights_stride, values, stride, count, out + row * d, d);
+  }
+  for (; row + 3 <= rows; row += 3) {
+    weigh_tile<3, C>(weights + row * weights_stride, weights_stride, values, stride, count, out + row * d, d);
+  }
+  for (; row < rows; ++row) {
+    weigh_tile<1, C>(weights + row * weights_stride, weights_stride, values, stride, count, out + row * d, d);
+  }
+}
+
+static void weigh_values(const BFloat16* weights, int64_t weights_stride, int64_t rows,
+                         const BFloat16* values, int64_t stride, int64_t count, float* out, int64_t d) {
+  int64_t column = 0;
+  for (; column + 4 * kLanes <= d; column += 4 * kLanes) {
+    weigh_columns<4>(weights, weights_stride, rows, values + column, stride, count, out + column, d);
+  }
+  for (; column < d; column += kLanes) {
+    weigh_columns<1>(weights, weights_stride, rows, values + column, stride, count, out + column, d);
+  }
+}
+
+extern const PanelKernels kPanelKernels = {to_float,          to_bfloat16, soften,
+                                           scale_to_bfloat16, score_keys,  weigh_values};
 
 }  // namespace level_avx512_bf16
 }  // namespace modeltorch

@@ -6,6 +6,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/record_function.h>
 #include <c10/util/Exception.h>
+#include <omp.h>
 
 #include "core/check.h"
 #include "core/gemm.h"
@@ -52,7 +53,9 @@ void* begin_record(const NodeEvent& event) {
 
 const bool installed = [] {
   set_gemm(gemm_aten);
-  set_parallel_backend({.run = run_on_pool, .width = [] { return int64_t{at::get_num_threads()}; }});
+  set_parallel_backend({.run = run_on_pool,
+                        .width = [] { return int64_t{at::get_num_threads()}; },
+                        .set_width = [](int64_t width) { omp_set_num_threads(static_cast<int>(width)); }});
   set_warning_handler([](const std::string& message) { TORCH_WARN("modeltorch: ", message); });
   set_node_observer({.active = [] { return at::hasCallbacks(); },
                      .begin = begin_record,

@@ -3,13 +3,32 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <chrono>
+
 #include "core/cpu_level.h"
+#include "ops/read_rate.h"
 #include "torch/errors.h"
 #include "torch/model_object.h"
 #include "torch/operation_object.h"
 
 namespace modeltorch {
 namespace {
+
+/// torch.classes.ModelTorch.ReadProbe(bytes): seconds() reads so much memory once, with every thread.
+class ReadProbeObject final : public torch::CustomClassHolder {
+ public:
+  explicit ReadProbeObject(int64_t bytes) : probe_(static_cast<size_t>(bytes)) {}
+
+  double seconds() {
+    const auto start = std::chrono::steady_clock::now();
+    checksum_ += probe_.read();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+
+ private:
+  ReadProbe probe_;
+  uint64_t checksum_ = 0;
+};
 
 TORCH_LIBRARY(ModelTorch, library) {
   library.class_<ModelObject>("ModelTorch")
@@ -27,6 +46,9 @@ TORCH_LIBRARY(ModelTorch, library) {
   library.class_<OperationObject>("Operation")
       .def(torch::init<std::string, c10::Dict<std::string, double>>())
       .def("run", &OperationObject::run);
+  library.class_<ReadProbeObject>("ReadProbe")
+      .def(torch::init<int64_t>())
+      .def("seconds", &ReadProbeObject::seconds);
   library.def("cpu_level() -> str", []() {
     return translate_errors("cpu_level", [] { return std::string(cpu_level_name(cpu_level())); });
   });

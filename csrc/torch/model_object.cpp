@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/check.h"
+#include "core/parallel.h"
 #include "models/parameters.h"
 #include "models/registry.h"
 #include "torch/errors.h"
@@ -138,6 +139,7 @@ Step ModelObject::prepare(const std::vector<at::Tensor>& inputs, const std::stri
 void ModelObject::run(const Step& step, const std::vector<at::Tensor>& outputs) {
   const std::vector<TensorView> views = views_of(describe(outputs));
   const c10::OptionalDeviceGuard on_device(current_device_for(model().device()));
+  const ThreadShare share;
   state_.runner->run(step.inputs, views, step.info, *state_.arena);
 }
 

@@ -1,0 +1,42 @@
+#include "ops/read_rate.h"
+
+#include <atomic>
+#include <cstring>
+
+#include "core/parallel.h"
+
+namespace modeltorch {
+namespace {
+
+typedef uint64_t Line __attribute__((vector_size(64), aligned(8), may_alias));
+constexpr int64_t kStreams = 8;
+
+uint64_t read_part(const Line* lines, int64_t count) {
+  Line sums[kStreams] = {};
+  const int64_t each = count / kStreams;
+  for (int64_t index = 0; index < each; ++index) {
+    for (int64_t stream = 0; stream < kStreams; ++stream) sums[stream] += lines[stream * each + index];
+  }
+  for (int64_t index = each * kStreams; index < count; ++index) sums[0] += lines[index];
+  uint64_t total = 0;
+  for (const Line& sum : sums) {
+    for (int lane = 0; lane < 8; ++lane) total += sum[lane];
+  }
+  return total;
+}
+
+}  // namespace
+
+ReadProbe::ReadProbe(size_t bytes) : buffer_(bytes) {
+  std::memset(buffer_.data(), 1, bytes);
+}
+
+uint64_t ReadProbe::read() const {
+  std::atomic<uint64_t> total{0};
+  const auto* lines = static_cast<const Line*>(buffer_.data());
+  parallel_for(static_cast<int64_t>(bytes() / sizeof(Line)), 1,
+               [&](int64_t begin, int64_t end) { total += read_part(lines + begin, end - begin); });
+  return total.load();
+}
+
+}  // namespace modeltorch

@@ -1,0 +1,101 @@
+"""What bounds a step on this machine: the bytes and operations it cannot avoid, and the rates measured for them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
+
+_READ_SAMPLE_BYTES = 256 * 2**20  # several times the caches
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The rate that bounds a workload, and how near its median came.
+
+    Attributes:
+        rate: measured in the same run, in `unit`.
+        unit: "GB/s" or "GFLOP/s".
+        fraction: the workload's own rate over it.
+    """
+
+    rate: float
+    unit: str
+    fraction: float
+
+
+def _linear_shapes(model: FlashQwen2ForCausalLM) -> list[tuple[int, int]]:
+    """[n, k] of the four linears of a layer."""
+    q_size = model.num_heads * model.head_size
+    kv_size = model.num_kv_heads * model.head_size
+    inter = model.config.intermediate_size
+    hidden = model.hidden_size
+    return [(q_size + 2 * kv_size, hidden), (hidden, q_size), (2 * inter, hidden), (hidden, inter)]
+
+
+def decode_bytes(model: FlashQwen2ForCausalLM, batch: int, context: int) -> int:
+    """Bytes that a decode step must read: every weight once (of the embedding only its rows), and keys and values."""
+    layer = sum(n * k for n, k in _linear_shapes(model))
+    weights = model.num_layers * layer + model.vocab_size * model.hidden_size
+    cache = 2 * model.num_layers * batch * context * model.num_kv_heads * model.head_size
+    return (weights + cache) * model.dtype.itemsize
+
+
+def prefill_flops(model: FlashQwen2ForCausalLM, lengths: Sequence[int]) -> int:
+    """Operations of a prefill: linears, causal attention, and the lm_head for one row a sequence."""
+    linears = 2 * sum(lengths) * model.num_layers * sum(n * k for n, k in _linear_shapes(model))
+    pairs = sum(length * (length + 1) // 2 for length in lengths)
+    attention = 4 * pairs * model.num_heads * model.head_size * model.num_layers
+    return linears + attention + 2 * len(lengths) * model.vocab_size * model.hidden_size
+
+
+@dataclass
+class ReadRate:
+    """Samples of how fast this machine reads memory, taken between timed steps."""
+
+    samples: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._probe = torch.classes.ModelTorch.ReadProbe(_READ_SAMPLE_BYTES)
+
+    def sample(self) -> None:
+        """Reads the sample once with every thread."""
+        self.samples.append(_READ_SAMPLE_BYTES / self._probe.seconds() / 1e9)
+
+    def limit(self, moved: int, seconds: float) -> Limit:
+        """For a step that moves so many bytes in so much time."""
+        rate = statistics.median(self.samples)
+        return Limit(rate, "GB/s", moved / seconds / 1e9 / rate)
+
+
+class LinearRate:
+    """Samples of how fast torch's own library multiplies the model's linears at a number of rows."""
+
+    def __init__(self, model: FlashQwen2ForCausalLM, rows: int) -> None:
+        self._flops = 2 * rows * sum(n * k for n, k in _linear_shapes(model))
+        self._pairs = [
+            (torch.randn(rows, k).to(model.dtype), torch.randn(n, k).to(model.dtype)) for n, k in _linear_shapes(model)
+        ]
+        self.samples: list[float] = []
+
+    def sample(self) -> None:
+        """Multiplies the linears of one layer, twice, and keeps the faster time."""
+        seconds = []
+        for _ in range(2):
+            start = time.perf_counter()
+            for x, weight in self._pairs:
+                torch.nn.functional.linear(x, weight)
+            seconds.append(time.perf_counter() - start)
+        self.samples.append(self._flops / min(seconds) / 1e9)
+
+    def limit(self, flops: int, seconds: float) -> Limit:
+        """For a step of so many operations in so much time."""
+        rate = statistics.median(self.samples)
+        return Limit(rate, "GFLOP/s", flops / seconds / 1e9 / rate)
