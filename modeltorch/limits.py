@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
 
-_READ_SAMPLE_BYTES = 256 * 2**20  # several times the caches
+_READ_SAMPLE_BYTES = 250_000_000  # several times the caches; no power of two, which would put streams on one bank
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,18 @@ namespace modeltorch {
 namespace {
 
 typedef uint64_t Line __attribute__((vector_size(64), aligned(8), may_alias));
-constexpr int64_t kStreams = 8;
+constexpr int64_t kStreams = 4;
+constexpr int64_t kAhead = 32;  // lines that are asked for before they are read
 
 uint64_t read_part(const Line* lines, int64_t count) {
   Line sums[kStreams] = {};
   const int64_t each = count / kStreams;
   for (int64_t index = 0; index < each; ++index) {
-    for (int64_t stream = 0; stream < kStreams; ++stream) sums[stream] += lines[stream * each + index];
+    for (int64_t stream = 0; stream < kStreams; ++stream) {
+      const Line* line = lines + stream * each + index;
+      __builtin_prefetch(line + kAhead);
+      sums[stream] += *line;
+    }
   }
   for (int64_t index = each * kStreams; index < count; ++index) sums[0] += lines[index];
   uint64_t total = 0;
