@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from operation_cases import AWKWARD_CASES, Case
@@ -20,9 +22,25 @@ def test_operation_equals_float64(case: Case, dtype: torch.dtype, device: str) -
     assert len(outputs) == len(exact)
     for output, expected in zip(outputs, exact, strict=True):
         assert output.shape == expected.shape
+        if not expected.is_floating_point():
+            assert torch.equal(output.cpu(), expected)
+            continue
         assert output.dtype == dtype
         if expected.numel() and expected.abs().max() > 0:
             assert relative_error(output.cpu(), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_argmax_follows_torch_on_what_is_not_finite(dtype: torch.dtype, device: str) -> None:
+    x = torch.randn(6, 700, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[1] = -math.inf
+    x[2, [600, 650]] = math.inf
+    x[3, [300, 310]] = math.nan
+    x[4, 699] = math.nan
+    x[5] = -x[5].abs() - 1
+    output = torch.classes.ModelTorch.Operation("ArgmaxRows", {}).run([x.to(device)])[0]
+    assert output.tolist() == x.argmax(dim=1).tolist()
 
 
 def test_an_operation_can_run_again_with_other_shapes() -> None:
@@ -43,6 +61,7 @@ def test_an_operation_can_run_again_with_other_shapes() -> None:
         ("RmsNorm", {"epsilon": 1e-6}, [torch.zeros(2, 4), torch.zeros(3)], r"gamma must be float32\[4\]"),
         ("RmsNorm", {"epsilon": 1e-6}, [torch.zeros(4, 2).t(), torch.zeros(4)], "contiguous"),
         ("SwiGlu", {}, [torch.zeros(1, 3)], "even number of columns"),
+        ("ArgmaxRows", {}, [torch.zeros(2, 0)], "at least one column"),
     ],
 )
 def test_bad_use_of_an_operation_is_told(name, parameters, inputs, message) -> None:
