@@ -52,6 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", action="append", help="a prompt; repeatable (default: lines of standard input)")
     generate.add_argument("--max-new-tokens", type=int, help="most tokens of an answer (default: 256 or what fits)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    generate.add_argument("--top-k", type=int, default=0, help="draw among the k most probable tokens (default: all)")
+    generate.add_argument("--top-p", type=float, default=1.0, help="draw among the tokens that reach this probability")
+    generate.add_argument("--seed", type=int, help="draw the same tokens again")
     generate.add_argument("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
     generate.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
     _add_model_options(generate)
@@ -99,6 +102,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens,
         ignore_eos=arguments.ignore_eos,
         temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
     )
     seconds = time.perf_counter() - start
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -21,6 +21,7 @@ import torch
 from modeltorch import checkpoint
 from modeltorch.engine import Engine, Generation, Request
 from modeltorch.paged_cache import DEFAULT_BLOCK_SIZE, PagedCache
+from modeltorch.sampling import Sampling
 
 KvCache = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
@@ -422,6 +423,9 @@ class FlashQwen2ForCausalLM:
         max_new_tokens: int | None = None,
         ignore_eos: bool = False,
         temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
     ) -> list[Generation]:
         """Answers prompts with continuous batching: requests enter and leave the batch between steps.
 
@@ -429,18 +433,22 @@ class FlashQwen2ForCausalLM:
             prompts: texts or lists of token ids; a single text is a list of one.
             max_new_tokens: most tokens of an answer; None: 256, or what the model's positions and the cache leave.
             ignore_eos: go on to max_new_tokens.
-            temperature: 0 is greedy; otherwise tokens are drawn with torch's generator.
+            temperature: 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature).
+            top_k: draw among the k most probable tokens only; 0: among all.
+            top_p: draw among the most probable tokens that together reach this probability, after top_k.
+            seed: each prompt draws from a generator of this seed, so an answer does not depend on what else is in
+                the batch; None: torch's generator draws.
 
         Returns:
             One Generation a prompt, in order.
 
         Raises:
-            ValueError: an empty prompt, an id outside the vocabulary, or a request that can never fit the positions
-                of the model or the cache. Nothing has run then.
+            ValueError: an empty prompt, an id outside the vocabulary, a number out of range, or a request that can
+                never fit the positions of the model or the cache. Nothing has run then.
         """
         given: Sequence[str] | Sequence[Sequence[int]] = [prompts] if isinstance(prompts, (str, bytes)) else prompts
         requests = [
-            Request(self.encode(prompt), max_new_tokens, ignore_eos=ignore_eos, temperature=temperature)
+            Request(self.encode(prompt), max_new_tokens, ignore_eos, Sampling(temperature, top_k, top_p, seed))
             for prompt in given
         ]
         with self._lock:

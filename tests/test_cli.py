@@ -99,6 +99,13 @@ def test_the_options_reach_the_engine(capsys):
     torch.manual_seed(0)
     hot = answered(capsys, *given(*["345+678="] * 8), "--temperature", "20", "--max-new-tokens", "9")
     assert len({tuple(line["token_ids"]) for line in hot}) > 4
+    hot_options = ["--temperature", "20", "--max-new-tokens", "9"]
+    (first,) = answered(capsys, *given("345+678="), *hot_options, "--top-k", "1")
+    assert first["token_ids"] == whole["token_ids"]
+    (first,) = answered(capsys, *given("345+678="), *hot_options, "--top-p", "1e-9")
+    assert first["token_ids"] == whole["token_ids"]
+    seeded = [answered(capsys, *given("345+678="), *hot_options, "--seed", seed) for seed in ("1", "1", "2")]
+    assert seeded[0] == seeded[1] != seeded[2]
     answered(capsys, *given("1+1="), "--threads", "1")
     assert torch.get_num_threads() == 1
 
@@ -155,6 +162,7 @@ MISTAKES: dict[str, tuple[list, list[str]]] = {
     "a configuration that is no JSON": ([*PROMPT, "--model", without_json], ["config.json"]),
     "no new tokens": ([*PROMPT, "--max-new-tokens", "0"], ["max_new_tokens", "0"]),
     "too many new tokens": ([*PROMPT, "--max-new-tokens", "99999999999"], ["99999999999", "positions"]),
+    "a top_p above 1": ([*PROMPT, "--top-p", "1.5"], ["top_p", "1.5"]),
     "a temperature below 0": ([*PROMPT, "--temperature", "-1"], ["temperature", "-1"]),
     "a temperature that is no number": ([*PROMPT, "--temperature", "nan"], ["temperature", "nan"]),
     "an unknown device": ([*PROMPT, "--device", "toaster"], ["device", "toaster"]),
