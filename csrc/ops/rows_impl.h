@@ -221,12 +221,14 @@ static int64_t argmax(const T* x, int64_t n) {
       is_nan |= v != v;
     }
     float largest = max_lane(top);
+    bool has_nan = false;
     for (; i < count; ++i) {
       const float element = get(x + block + i);
-      largest = element <= largest ? largest : element;
+      largest = element > largest ? element : largest;
+      has_nan = has_nan || element != element;
     }
-    for (int64_t lane = 0; lane < kLanes; ++lane) largest = is_nan[lane] != 0 ? __builtin_nanf("") : largest;
-    if (largest != largest) return block + find(x + block, count, largest);
+    for (int64_t lane = 0; lane < kLanes; ++lane) has_nan = has_nan || is_nan[lane] != 0;
+    if (has_nan) return block + find(x + block, count, __builtin_nanf(""));
     if (largest > best) {
       best = largest;
       best_block = block;
