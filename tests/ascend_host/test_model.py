@@ -333,6 +333,11 @@ def test_weights_may_lie_in_tiles():
         assert count("LinearOperation") > casts
     with pytest.raises(ValueError, match=r"slot must be in \[0, 103\), got 103"):
         runner.encoder.set_format_to_nz(103)
+    with pytest.raises(ValueError, match=r"weight 1 must be a matrix to lie in tiles, got float16\[64\]"):
+        runner.encoder.set_format_to_nz(1)
+    narrow = Runner(Shape(vocab=97), random_model(Shape(vocab=97)), torch.float16, "npu")
+    with pytest.raises(ValueError, match=r"weight 102, .* has memory for \d+ bytes: too few for tiles"):
+        narrow.encoder.set_format_to_nz(102)
 
 
 def set_tiled_weights(runner: Runner, tell: bool) -> None:
