@@ -204,6 +204,14 @@ int64_t ModelObject::set_format_to_nz(int64_t slot) {
     if (target.device().type != DeviceType::kNpu) {
       fail(ErrorKind::kNotImplemented, "only weights on Ascend have formats, these are on ", target.device());
     }
+    const at::Tensor& weight = state_.weights[static_cast<size_t>(slot)];
+    check(weight.dim() == 2, "weight ", slot, " must be a matrix to lie in tiles, got ",
+          describe(weight).view);
+    const int64_t tiles = (weight.size(0) + 15) / 16 * ((weight.size(1) + 15) / 16);
+    const auto bytes = static_cast<int64_t>(weight.storage().nbytes()) -
+                       weight.storage_offset() * static_cast<int64_t>(weight.element_size());
+    check(bytes >= tiles * 256 * static_cast<int64_t>(weight.element_size()), "weight ", slot, ", ",
+          describe(weight).view, ", has memory for ", bytes, " bytes: too few for tiles of 16 x 16");
     state_.runner->set_weight_format(static_cast<size_t>(slot), Format::kFractalNz);
     return 0;
   });
