@@ -91,7 +91,10 @@ int64_t ModelObject::set_weight(const std::vector<at::Tensor>& weights) {
     progress_ = 0.0;
     state_.runner = std::make_unique<GraphRunner>(target.build_graph(), target.input_rows(), target.device());
     state_.runner->bind_weights(views_of(given));
-    pack_weights(*state_.runner, held, [this](double part) { progress_ = part; });
+    PackStore store(target.packed_weight_folder());
+    pack_weights(*state_.runner, held, store, [this](double part) { progress_ = part; });
+    state_.packed_files_read = store.files_read();
+    state_.packed_files_written = store.files_written();
     state_.arena = std::make_unique<TensorArena>(target.device());
     state_.weights = std::move(held);
     bind_caches();
@@ -213,6 +216,8 @@ c10::Dict<std::string, int64_t> ModelObject::counters() {
     result.insert("plans_evicted", counts.plans_evicted);
     result.insert("plans", state_.runner ? static_cast<int64_t>(state_.runner->plan_count()) : 0);
     result.insert("arena_allocations", state_.arena ? state_.arena->allocations() : 0);
+    result.insert("packed_files_read", state_.packed_files_read);
+    result.insert("packed_files_written", state_.packed_files_written);
     result.insert("arena_bytes", state_.arena ? static_cast<int64_t>(state_.arena->bytes()) : 0);
     return result;
   });

@@ -69,13 +69,13 @@ PackedWeightPtr shared_packed_weight(const std::vector<at::Tensor>& tensors, con
 namespace {
 
 PackedWeightPtr pack(const GraphRunner& runner, const GraphRunner::PackRequest& request,
-                     const std::vector<at::Tensor>& tensors) {
+                     const std::vector<at::Tensor>& tensors, PackStore& store) {
   const Operation& operation = runner.operation(request.node);
   std::function<PackedWeightPtr()> make;
-  if (request.packer->pack != nullptr) {
+  if (request.packer->layout != nullptr) {
     make = [&] {
       const std::vector<TensorView> views = views_of(describe(tensors));
-      PackedWeightPtr packed = request.packer->pack(operation, views);
+      PackedWeightPtr packed = store.get(*request.packer, operation, views);
       for (const TensorView& view : views) advise_unused(view.data, view.bytes());
       return packed;
     };
@@ -83,17 +83,32 @@ PackedWeightPtr pack(const GraphRunner& runner, const GraphRunner::PackRequest& 
   return shared_packed_weight(tensors, request.packer->format(operation), make);
 }
 
+// What a request takes, in bytes to pack.
+double effort(const GraphRunner::PackRequest& request, const std::vector<at::Tensor>& weights) {
+  double bytes = 0.0;
+  for (const int32_t slot : request.slots) bytes += static_cast<double>(weights[slot].nbytes());
+  return request.packer->layout == nullptr ? 0.0 : bytes;
+}
+
 }  // namespace
 
-void pack_weights(GraphRunner& runner, std::vector<at::Tensor>& weights,
+void pack_weights(GraphRunner& runner, std::vector<at::Tensor>& weights, PackStore& store,
                   const std::function<void(double)>& progress) {
-  const std::vector<GraphRunner::PackRequest> requests = runner.pack_requests();
-  for (size_t index = 0; index < requests.size(); ++index) {
+  std::vector<GraphRunner::PackRequest> requests = runner.pack_requests();
+  // The largest first: what is packed and what it is packed from are never both in memory but for one weight,
+  // and it is a small one by the time that most are packed. Those that only share stay last.
+  std::stable_sort(requests.begin(), requests.end(),
+                   [&](const auto& a, const auto& b) { return effort(a, weights) > effort(b, weights); });
+  double whole = 0.0;
+  for (const GraphRunner::PackRequest& request : requests) whole += effort(request, weights);
+  double done = 0.0;
+  for (const GraphRunner::PackRequest& request : requests) {
     std::vector<at::Tensor> tensors;
-    for (const int32_t slot : requests[index].slots) tensors.push_back(weights[slot]);
-    PackedWeightPtr packed = pack(runner, requests[index], tensors);
-    if (packed != nullptr) runner.bind_packed(requests[index], std::move(packed));
-    progress(static_cast<double>(index + 1) / static_cast<double>(requests.size()));
+    for (const int32_t slot : request.slots) tensors.push_back(weights[slot]);
+    PackedWeightPtr packed = pack(runner, request, tensors, store);
+    if (packed != nullptr) runner.bind_packed(request, std::move(packed));
+    done += effort(request, weights);
+    if (whole > 0.0) progress(done / whole);
   }
   for (size_t slot = 0; slot < weights.size(); ++slot) {
     if (!runner.reads_weight(static_cast<int32_t>(slot))) weights[slot].reset();

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "graph/pack_store.h"
 #include "graph/packing.h"
 #include "graph/runner.h"
 
@@ -20,10 +21,11 @@ namespace modeltorch {
 PackedWeightPtr shared_packed_weight(const std::vector<at::Tensor>& tensors, const std::string& format,
                                      const std::function<PackedWeightPtr()>& make);
 
-/// Packs what the runner's device wants packed of its bound weights. Tensors that no node reads as they are
+/// Packs what the runner's device wants packed of its bound weights; `store` makes what the table does not
+/// know. Tensors that no node reads as they are
 /// any more are dropped from `weights`, and the operating system is told that their pages are not needed.
-/// `progress` is called with the part that is done, 0 to 1.
-void pack_weights(GraphRunner& runner, std::vector<at::Tensor>& weights,
+/// `progress` is called with the part of the bytes that is done, 0 to 1.
+void pack_weights(GraphRunner& runner, std::vector<at::Tensor>& weights, PackStore& store,
                   const std::function<void(double)>& progress);
 
 }  // namespace modeltorch
