@@ -72,9 +72,9 @@ class Subject:
         return cls(shape, model)
 
     @classmethod
-    def from_checkpoint(cls, path: str, device: str, dtype: str) -> Subject:
+    def from_checkpoint(cls, path: str, device: str, dtype: str, **options: Any) -> Subject:
         """A model from a checkpoint."""
-        return cls(Path(path).name, FlashQwen2ForCausalLM.from_pretrained(path, device=device, dtype=dtype))
+        return cls(Path(path).name, FlashQwen2ForCausalLM.from_pretrained(path, device=device, dtype=dtype, **options))
 
 
 @dataclass(frozen=True)

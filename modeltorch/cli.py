@@ -39,6 +39,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--cache-packed", action="store_true", help="keep packed weights in the checkpoint's folder")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -95,6 +96,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         checkpoint.BUNDLED if arguments.model is None else arguments.model,
         device=arguments.device,
         dtype=arguments.dtype,
+        cache_packed=arguments.cache_packed,
     )
     start = time.perf_counter()
     answers = model.generate(
@@ -135,7 +137,11 @@ def _bench(arguments: argparse.Namespace) -> None:
         if value < least:
             raise ValueError(f"{option} must be at least {least}, got {value}")
     if arguments.model is not None:
-        subject = bench.Subject.from_checkpoint(arguments.model, arguments.device, arguments.dtype)
+        subject = bench.Subject.from_checkpoint(
+            arguments.model, arguments.device, arguments.dtype, cache_packed=arguments.cache_packed
+        )
+    elif arguments.cache_packed:
+        raise ValueError("--cache-packed needs --model: a shape with random weights has no folder")
     else:
         subject = bench.Subject.from_shape(arguments.shape, arguments.device, arguments.dtype)
     # Opened first: a file that cannot be written is told before minutes of measuring.

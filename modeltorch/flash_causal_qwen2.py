@@ -8,11 +8,12 @@ compute_logits need no knowledge of steps.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import operator
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from modeltorch.sampling import Sampling
 KvCache = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_POLL_SECONDS = 0.1  # between two looks at how far packing is
 _MIXED = 4  # packQuantType MIX_W8A8: with float linears it says only that q, k, v and gate, up are separate
 
 
@@ -108,6 +110,7 @@ class FlashQwen2ForCausalLM:
         block_size: int = DEFAULT_BLOCK_SIZE,
         num_blocks: int | None = None,
         cache_gb: float | None = None,
+        packed_folder: Path | None = None,
     ) -> None:
         """Keeps the parts; the first step sets the objects up.
 
@@ -122,6 +125,7 @@ class FlashQwen2ForCausalLM:
             num_blocks: blocks of the cache; None takes cache_gb.
             cache_gb: GiB of the cache; None takes the smaller of 4 and a quarter of free memory, on a GPU three
                 quarters of its free memory.
+            packed_folder: where packed weights are kept from one process to the next; None: nowhere.
 
         Raises:
             ValueError: an unknown dtype, or sizes that contradict each other.
@@ -151,6 +155,7 @@ class FlashQwen2ForCausalLM:
         self.placeholder = torch.ones(1, dtype=self.dtype).to(self.device)
         self.ascend_weight: list[torch.Tensor] = []
         self._weights = weights
+        self._packed_folder = packed_folder
         self._bound_cache: list[torch.Tensor] = []
         self._cache_options = {"block_size": block_size, "num_blocks": num_blocks, "cache_gb": cache_gb}
         self._cache: PagedCache | None = None
@@ -167,6 +172,7 @@ class FlashQwen2ForCausalLM:
         block_size: int = DEFAULT_BLOCK_SIZE,
         num_blocks: int | None = None,
         cache_gb: float | None = None,
+        cache_packed: bool = False,
     ) -> FlashQwen2ForCausalLM:
         """Opens a Hugging Face checkpoint: config.json, safetensors, and a tokenizer if there is one.
 
@@ -179,6 +185,9 @@ class FlashQwen2ForCausalLM:
             block_size: see __init__.
             num_blocks: see __init__.
             cache_gb: see __init__.
+            cache_packed: keep the packed weights in the checkpoint's folder, in .modeltorch, and take them from there
+                the next time. Processes that run at once share their memory. The folder may be removed at any time; one
+                that cannot be written costs a warning.
 
         Raises:
             FileNotFoundError: no such checkpoint, or one with a file missing.
@@ -198,6 +207,7 @@ class FlashQwen2ForCausalLM:
             block_size=block_size,
             num_blocks=num_blocks,
             cache_gb=cache_gb,
+            packed_folder=folder.resolve() / ".modeltorch" if cache_packed else None,
         )
         model.init_ascend_weight()
         return model
@@ -226,6 +236,8 @@ class FlashQwen2ForCausalLM:
             "linearQuantType": [[0] * 7] * self.num_layers,
             "linearTransposeType": [[1] * 7] * self.num_layers,
         }
+        if self._packed_folder is not None:
+            parameters["packedWeightFolder"] = str(self._packed_folder)
         self.acl_encoder_operation = torch.classes.ModelTorch.ModelTorch("qwen_PAModel")
         self.acl_decoder_operation = torch.classes.ModelTorch.ModelTorch("qwen_PAModel")
         self.acl_encoder_operation.set_param(json.dumps({**parameters, "isPrefill": True, "supportLcoc": False}))
@@ -292,8 +304,9 @@ class FlashQwen2ForCausalLM:
     def init_ascend_weight(self) -> None:
         """Hands the weight list to both objects and keeps it."""
         self.ascend_weight = self.get_weights()
-        self.acl_encoder_operation.set_weight(self.ascend_weight)
-        self.acl_decoder_operation.set_weight(self.ascend_weight)
+        with _packing_shown(self.acl_encoder_operation.progress):
+            self.acl_encoder_operation.set_weight(self.ascend_weight)
+        self.acl_decoder_operation.set_weight(self.ascend_weight)  # shares what the first has packed
 
     def init_kvcache(self, kv_cache: KvCache) -> None:
         """Hands the caches to both objects, unless they hold these very tensors already.
@@ -531,3 +544,30 @@ def _with_progress(specs: list[dict[str, Any]]) -> Any:
     except ImportError:
         return specs
     return tqdm(specs, desc="weights", unit="tensor", disable=None, leave=False)
+
+
+@contextlib.contextmanager
+def _packing_shown(progress: Callable[[], float]) -> Iterator[None]:
+    """A second bar, for as long as an object packs its weights; `progress` tells the part that is done."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield
+        return
+    with tqdm(total=100, desc="packing", unit="%", disable=None, leave=False) as bar:
+        if bar.disable:
+            yield
+            return
+        done = threading.Event()
+
+        def show() -> None:
+            while not done.wait(_POLL_SECONDS):
+                bar.update(round(100 * progress()) - bar.n)
+
+        watcher = threading.Thread(target=show, name="packing", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()

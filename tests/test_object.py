@@ -1094,6 +1094,8 @@ def test_counters_count_what_the_object_does():
         "plans_evicted",
         "arena_allocations",
         "arena_bytes",
+        "packed_files_read",
+        "packed_files_written",
     }
     before = dict(prefill.made.counters())
     assert documented <= set(before)
