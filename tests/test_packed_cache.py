@@ -76,10 +76,14 @@ def test_a_second_load_takes_the_files_and_gives_the_same_bits(folder):
     kept = files(folder)
     assert counts(first) == (0, len(kept))
     assert len(kept) == 4 * SHAPE.layers + 1  # qkv, o, gate_up and down of each layer, and the tied head
+    assert torch.equal(logits(first), expected)
+    beside = opened(folder)
+    assert counts(beside) == (0, 0)  # what another object of the process holds is shared
+    assert torch.equal(logits(beside), expected)
+    del first, beside
     second = opened(folder)
     assert counts(second) == (len(kept), 0)
     assert files(folder) == kept
-    assert torch.equal(logits(first), expected)
     assert torch.equal(logits(second), expected)
 
 
@@ -116,6 +120,7 @@ def test_a_damaged_file_is_packed_and_written_again(folder, how):
     assert counts(repaired) == (len(paths) - 1, 1)
     assert path.read_bytes() == before
     assert torch.equal(logits(repaired), expected)
+    del repaired
     assert counts(opened(folder)) == (len(paths), 0)
 
 
