@@ -47,6 +47,7 @@ LINES = [
 def test_a_cell_is_the_median_of_the_rounds_with_their_range():
     row = table.cells(LINES)["tiny", "decode_b1_ctx128"]
     assert row["modeltorch bfloat16"] == table.Cell(11.0, 10.0, 12.0, "ms", 3, 8 / 11.0)
+    assert str(table.Cell(12345.6, 1000.2, 0.12345, "ms", 3)) == "12346 (1000 to 0.1235)"
     assert row["wide fp32"] == table.Cell(22.0, 21.0, 33.0, "ms", 3)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 TORCH = "torch==2.13.0"
 _LLAMA_CPP = "llama-cpp-python==0.3.36"  # its source archive holds llama.cpp's
-_LLAMA_PROGRAMS = ("llama-batched-bench", "llama-server")
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def clean_environment() -> dict[str, str]:
 
 
 def _build_llama_cpp(python: Path, jobs: int) -> None:
-    """Builds two programs with -march=native and puts them beside the environment's Python."""
+    """Builds the library with -march=native, and installs the bindings without a library of their own."""
     sources = python.parent.parent / "llama.cpp"
     _run(
         python, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "llama-cpp-python", "-d", sources, _LLAMA_CPP
@@ -104,12 +103,15 @@ def _build_llama_cpp(python: Path, jobs: int) -> None:
         tar.extractall(sources, filter="data")
     (tree,) = sources.glob("*/vendor/llama.cpp")
     build = sources / "build"
-    without = [f"-DLLAMA_{part}=OFF" for part in ("BUILD_TESTS", "BUILD_EXAMPLES", "USE_PREBUILT_UI", "OPENSSL")]
-    kind = ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", "-DGGML_NATIVE=ON"]
+    without = [f"-DLLAMA_BUILD_{part}=OFF" for part in ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP")]
+    kind = ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", "-DGGML_NATIVE=ON"]
     _run("cmake", "-S", tree, "-B", build, *kind, *without)
-    _run("cmake", "--build", build, f"-j{jobs}", "--target", *_LLAMA_PROGRAMS)
-    for program in _LLAMA_PROGRAMS:
-        shutil.copy(build / "bin" / program, python.parent)
+    _run("cmake", "--build", build, f"-j{jobs}", "--target", "llama")
+    bare = [f"-Ccmake.define.{part}_BUILD=OFF" for part in ("LLAMA", "LLAVA")]
+    _run(python, "-m", "pip", "install", "-q", *bare, archive)
+    (package,) = python.parent.parent.glob("lib/python*/site-packages/llama_cpp")
+    (package / "lib").mkdir(exist_ok=True)
+    shutil.copy(build / "bin" / "libllama.so", package / "lib")
 
 
 def set_up(environment: Environment, folder: Path, jobs: int) -> Path:

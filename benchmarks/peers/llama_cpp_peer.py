@@ -1,27 +1,18 @@
-"""llama.cpp, built on this machine: llama-batched-bench for prefill and decode, llama-server for requests.
-
-Its own benchmark leaves sampling out of the times; the other engines have theirs in.
-"""
+"""llama.cpp through its library, built on this machine: batches of sequences, requests as one such batch."""
 
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gguf
+import llama_cpp
 import numpy
 from harness import Peer, main
-
-_PROGRAMS = Path(sys.prefix) / "bin"
-_SLOTS = 32
 
 
 def _safetensors(path: Path) -> Iterator[tuple[str, Any]]:
@@ -39,7 +30,7 @@ def _safetensors(path: Path) -> Iterator[tuple[str, Any]]:
 class LlamaCpp(Peer):
     """A GGUF file with bfloat16 matrices; vectors are float32, as its own converter writes them."""
 
-    version = "llama-cpp-python 0.3.36"
+    version = f"llama-cpp-python {llama_cpp.__version__}"
 
     @classmethod
     def convert(cls, checkpoint: Path, converted: Path, dtype: str) -> None:
@@ -75,64 +66,75 @@ class LlamaCpp(Peer):
         writer.close()
 
     def __init__(self, checkpoint: Path, converted: Path, dtype: str, threads: int) -> None:
-        """Notes the options; its programs map the file when they start."""
-        self.options = ["--model", str(converted / "model.gguf"), "--threads", str(threads)]
-
-    def _bench(self, prompt: list[int], batch: int, steps: int) -> list[dict[str, Any]]:
-        """Runs of llama-batched-bench over prompts of these lengths."""
-        lengths = ["-npp", ",".join(map(str, prompt)), "-ntg", str(steps), "-npl", str(batch)]
-        room = ["--ctx-size", str(batch * (max(prompt) + steps + 256)), "--batch-size", "2048"]
-        program = [str(_PROGRAMS / "llama-batched-bench"), *self.options, *lengths, *room, "--output-format", "jsonl"]
-        run = subprocess.run(program, capture_output=True, text=True, check=True)
-        found = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"n_kv_max"')]
-        if len(found) != len(prompt):
-            raise RuntimeError(f"expected {len(prompt)} lines of llama-batched-bench, got {len(found)}")
-        return found
-
-    def prefill(self, prompt: list[int], runs: int) -> list[float]:
-        """Times to read the prompt."""
-        return [line["t_pp"] for line in self._bench([len(prompt)] * (runs + 1), 1, 1)[1:]]
-
-    def decode(self, prompts: list[list[int]], warm_up: int, steps: int) -> list[float]:
-        """The mean time of a step, which is all that it tells."""
-        (line,) = self._bench([len(prompts[0]) + warm_up], len(prompts), steps)
-        return [line["t_tg"] / steps]
+        """Maps the file."""
+        llama_cpp.llama_backend_init()
+        path = str(converted / "model.gguf").encode()
+        self.model = llama_cpp.llama_model_load_from_file(path, llama_cpp.llama_model_default_params())
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.threads = threads
 
     @contextmanager
-    def _server(self, longest: int) -> Iterator[str]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        slots = ["--parallel", str(_SLOTS), "--ctx-size", str(_SLOTS * longest), "--port", str(port)]
-        program = [str(_PROGRAMS / "llama-server"), *self.options, *slots, "--host", "127.0.0.1"]
-        with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-            try:
-                address = f"http://127.0.0.1:{port}"
-                while server.poll() is None:
-                    try:
-                        urllib.request.urlopen(f"{address}/health").close()
-                        break
-                    except OSError:
-                        time.sleep(0.2)
-                yield address
-            finally:
-                server.terminate()
+    def _context(self, prompts: list[list[int]], new_tokens: int) -> Iterator[Any]:
+        """A cache with room for all sequences."""
+        options = llama_cpp.llama_context_default_params()
+        options.n_seq_max = len(prompts)
+        options.n_ctx = len(prompts) * (max(map(len, prompts)) + new_tokens)
+        options.n_batch = max(2048, sum(map(len, prompts)))
+        options.n_threads = options.n_threads_batch = self.threads
+        context = llama_cpp.llama_init_from_model(self.model, options)
+        if not context:
+            raise RuntimeError("llama_init_from_model made no context")
+        try:
+            yield context
+        finally:
+            llama_cpp.llama_free(context)
+
+    def _step(self, context: Any, tokens: list[list[int]], positions: list[int]) -> list[int]:
+        """Adds tokens to each sequence, the first of them at its position, in one call; the next of each, greedily."""
+        total = sum(map(len, tokens))
+        batch = llama_cpp.llama_batch_init(total, 0, 1)
+        row, lasts = 0, []
+        for sequence, (added, position) in enumerate(zip(tokens, positions, strict=True)):
+            for offset, token in enumerate(added):
+                batch.token[row], batch.pos[row] = token, position + offset
+                batch.n_seq_id[row], batch.seq_id[row][0] = 1, sequence
+                batch.logits[row] = offset == len(added) - 1
+                row += 1
+            lasts.append(row - 1)
+        batch.n_tokens = total
+        code = llama_cpp.llama_decode(context, batch)
+        llama_cpp.llama_batch_free(batch)
+        if code:
+            raise RuntimeError(f"llama_decode returned {code}")
+        rows = (llama_cpp.llama_get_logits_ith(context, last) for last in lasts)
+        return [int(numpy.ctypeslib.as_array(logits, (self.vocab_size,)).argmax()) for logits in rows]
+
+    def _steps(self, context: Any, prompts: list[list[int]], new_tokens: int) -> list[float]:
+        """Times of the prefill and of each step after it."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        times, tokens, positions = [], prompts, [0] * len(prompts)
+        for _ in range(new_tokens):
+            start = time.perf_counter()
+            chosen = self._step(context, tokens, positions)
+            times.append(time.perf_counter() - start)
+            positions = [position + len(added) for position, added in zip(positions, tokens, strict=True)]
+            tokens = [[token] for token in chosen]
+        return times
+
+    def prefill(self, prompt: list[int], runs: int) -> list[float]:
+        """One call with the prompt."""
+        with self._context([prompt], 1) as context:
+            return [self._steps(context, [prompt], 1)[0] for _ in range(runs + 1)][1:]
+
+    def decode(self, prompts: list[list[int]], warm_up: int, steps: int) -> list[float]:
+        """Calls with one token a sequence."""
+        with self._context(prompts, 1 + warm_up + steps) as context:
+            return self._steps(context, prompts, 1 + warm_up + steps)[1 + warm_up :]
 
     def serve(self, prompts: list[list[int]], new_tokens: int) -> float:
-        """All requests in one post to llama-server."""
-        options = {"n_predict": new_tokens, "ignore_eos": True, "cache_prompt": False}
-        greedy = {"samplers": ["temperature"], "temperature": 0}
-        body = json.dumps({"prompt": prompts, **options, **greedy}).encode()
-        with self._server(max(map(len, prompts)) + new_tokens + 16) as address:
-            request = urllib.request.Request(f"{address}/completion", body, {"Content-Type": "application/json"})
-            start = time.perf_counter()
-            with urllib.request.urlopen(request) as reply:
-                answers = json.load(reply)
-            seconds = time.perf_counter() - start
-        answers = answers if isinstance(answers, list) else [answers]
-        if [answer["tokens_predicted"] for answer in answers] != [new_tokens] * len(prompts):
-            raise RuntimeError(f"an answer of llama-server has not {new_tokens} new tokens")
-        return seconds
+        """One call with all prompts, which the library splits, then calls with one token a request."""
+        with self._context(prompts, new_tokens) as context:
+            return sum(self._steps(context, prompts, new_tokens))
 
 
 if __name__ == "__main__":

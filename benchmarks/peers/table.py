@@ -14,6 +14,10 @@ QUANTISED = ("int4", "int8")
 """Weights of fewer bits than modeltorch's: shown, and compared apart."""
 
 
+def _figure(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 @dataclass(frozen=True)
 class Cell:
     """What one engine reached on one workload over all rounds, in milliseconds or, for requests, seconds."""
@@ -26,7 +30,7 @@ class Cell:
     fraction_of_limit: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} ({self.least:.4g} to {self.most:.4g})"
+        return f"{_figure(self.value)} ({_figure(self.least)} to {_figure(self.most)})"
 
 
 Table = dict[tuple[str, str], dict[str, "Cell | str"]]
