@@ -46,6 +46,11 @@ class Engine:
         """As the table calls it."""
         return f"{self.name} {self.dtype}"
 
+    @property
+    def key(self) -> str:
+        """As the command line and the folders call it."""
+        return f"{self.name}-{self.dtype}"
+
 
 _TRANSFORMERS = Environment("transformers", (TORCH, "transformers==5.23.0", "accelerate==1.15.0"))
 _LLAMA = Environment("llama.cpp", ("gguf==0.19.0",), commands=("cmake", "c++"))

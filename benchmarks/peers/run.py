@@ -38,7 +38,7 @@ def prepare(engine: Engine, shape: str, jobs: int) -> list[str]:
     if not made.exists():
         subprocess.run([sys.executable, str(_HERE / "checkpoint.py"), shape, str(checkpoint)], check=True)
         made.touch()
-    converted = _BUILD / "converted" / engine.label.replace(" ", "-") / shape
+    converted = _BUILD / "converted" / engine.key / shape
     folders = ["--checkpoint", str(checkpoint), "--converted", str(converted), "--dtype", engine.dtype]
     command = [python, str(_HERE / engine.script), "measure", *folders]
     if not (converted / "converted").exists():
@@ -82,7 +82,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen2.5-0.5b", metavar="NAME,NAME")
     parser.add_argument("--workloads", default=WORKLOADS, metavar="NAME,NAME", help=f"default: {WORKLOADS}")
-    parser.add_argument("--engines", metavar="NAME,NAME", help="only these beside modeltorch (default: all)")
+    parser.add_argument(
+        "--engines",
+        metavar="NAME,NAME",
+        help="only these beside modeltorch, for example ctranslate2 or ctranslate2-int8 (default: all)",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--runs", type=int, default=3, help="timed prefills in a round")
@@ -102,7 +106,7 @@ def main() -> None:
         return
     names = [Workload.parse(name).name for name in given.workloads.split(",")]
     wanted = None if given.engines is None else ["modeltorch", *given.engines.split(",")]
-    engines = [engine for engine in ENGINES if wanted is None or engine.name in wanted]
+    engines = [engine for engine in ENGINES if wanted is None or engine.name in wanted or engine.key in wanted]
     options = ["--workloads", given.workloads, "--threads", str(given.threads), "--runs", str(given.runs)]
     commands: dict[tuple[str, str], list[str] | str] = {}
     for shape in given.shape.split(","):
