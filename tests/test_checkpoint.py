@@ -350,6 +350,21 @@ def new_rope(**parameters: object) -> Callable[[Path], None]:
     return config(rope_parameters={"rope_theta": 1e4, **parameters})
 
 
+def generation(**changes: object) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "generation_config.json", **changes)
+
+
+def with_tokenizer(name: str, content: str | bytes) -> Callable[[Path], None]:
+    """The tokenizer of the bundled checkpoint, one of its files being something else."""
+
+    def copy_and_spoil(folder: Path) -> None:
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(checkpoint.BUNDLED / file, folder)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return copy_and_spoil
+
+
 LAST_NORM = "model.layers.1.post_attention_layernorm.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
 BROKEN = {
@@ -378,6 +393,38 @@ BROKEN = {
     "dynamic": (new_rope(rope_type="dynamic", factor=4.0), NotImplementedError, ["rope scaling", "dynamic"]),
     "linear without a factor": (new_rope(rope_type="linear"), ValueError, ["factor"]),
     "linear of factor 0": (new_rope(rope_type="linear", factor=0.0), ValueError, ["factor", "0"]),
+    "a theta that is text": (new_rope(rope_type="default", rope_theta="x"), ValueError, ["config.json", "rope_theta"]),
+    "a theta below 0": (new_rope(rope_type="default", rope_theta=-1.0), ValueError, ["config.json", "-1"]),
+    "layers unlike layer_types": (config(num_hidden_layers=3), ValueError, ["config.json", "layer_types", "3", "2"]),
+    "no epsilon": (config(rms_norm_eps=None), ValueError, ["config.json", "rms_norm_eps", "None"]),
+    "an epsilon below 0": (config(rms_norm_eps=-1e-6), ValueError, ["config.json", "rms_norm_eps", "-1e-06"]),
+    "no heads": (config(num_attention_heads=0), ValueError, ["config.json", "num_attention_heads", "0"]),
+    "heads that share keys unevenly": (config(num_key_value_heads=3), ValueError, ["config.json", "4 and 3"]),
+    "no vocabulary": (config(vocab_size=0), ValueError, ["config.json", "vocab_size", "0"]),
+    "positions below 0": (config(max_position_embeddings=-5), ValueError, ["config.json", "max_position", "-5"]),
+    "positions beyond 32 bits": (config(max_position_embeddings=10**11), ValueError, ["config.json", "100000000000"]),
+    "positions that are a fraction": (
+        config(max_position_embeddings=1e11),
+        ValueError,
+        ["config.json", "100000000000"],
+    ),
+    "an end that is an object": (
+        generation(eos_token_id={"id": 2}),
+        ValueError,
+        ["generation_config.json", "eos", "{"],
+    ),
+    "an end in a list in a list": (generation(eos_token_id=[[2]]), ValueError, ["generation_config.json", "[[2]]"]),
+    "an end that is text": (generation(eos_token_id="x"), ValueError, ["generation_config.json", "eos", "x"]),
+    "an end that is true": (generation(eos_token_id=True), ValueError, ["generation_config.json", "eos", "true"]),
+    "an end outside the vocabulary": (generation(eos_token_id=151), ValueError, ["generation_config.json", "151"]),
+    "an end below 0": (config(eos_token_id=-1), ValueError, ["config.json", "eos_token_id", "-1"]),
+    "an end of the configuration that is text": (config(eos_token_id="x"), ValueError, ["config.json", "eos", "x"]),
+    "no JSON about generation": (overwrite("generation_config.json", "{"), ValueError, ["generation_config.json"]),
+    "an empty tokenizer": (with_tokenizer("tokenizer.json", "{}"), ValueError, ["tokenizer.json", "added_tokens"]),
+    "a tokenizer cut off": (with_tokenizer("tokenizer.json", '{"version": '), ValueError, ["tokenizer.json", "JSON"]),
+    "a tokenizer that is a list": (with_tokenizer("tokenizer.json", "[]"), ValueError, ["tokenizer.json", "list"]),
+    "a tokenizer that is no text": (with_tokenizer("tokenizer.json", b"\xff"), ValueError, ["tokenizer.json", "JSON"]),
+    "a tokenizer_config cut off": (with_tokenizer("tokenizer_config.json", "{"), ValueError, ["tokenizer_config.json"]),
 }
 
 
@@ -394,6 +441,15 @@ def test_one_exception_names_what_is_wrong_with_a_checkpoint(tmp_path, spoil, ki
     with pytest.raises(kind) as caught:
         opened(folder)
     assert_one_sentence_names(caught.value, words)
+
+
+def test_positions_whose_tables_do_not_fit_the_memory_are_refused_before_they_are_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("modeltorch.configuration.available_memory", lambda: 2**30)
+    folder = written(tmp_path / "it")
+    edit_json(folder / "config.json", max_position_embeddings=2**31 - 1)
+    with pytest.raises(ValueError) as caught:
+        opened(folder)
+    assert_one_sentence_names(caught.value, ["config.json", "max_position_embeddings", "1.0 GiB", "lower"])
 
 
 def delete_second_shard(folder: Path) -> str:
@@ -414,12 +470,25 @@ def forget_the_weight_map(folder: Path) -> str:
     return INDEX
 
 
+def list_the_weight_map(folder: Path) -> str:
+    edit_json(folder / INDEX, weight_map=["model.norm.weight"])
+    return INDEX
+
+
+def number_a_shard(folder: Path) -> str:
+    files = json.loads((folder / INDEX).read_text())["weight_map"]
+    edit_json(folder / INDEX, weight_map=files | {"model.norm.weight": 1})
+    return "model.norm.weight"
+
+
 @pytest.mark.parametrize(
     ("spoil", "kind"),
     [
         (delete_second_shard, FileNotFoundError),
         (move_norm_in_the_index, ValueError),
         (forget_the_weight_map, ValueError),
+        (list_the_weight_map, ValueError),
+        (number_a_shard, ValueError),
     ],
 )
 def test_one_exception_names_what_is_wrong_with_a_sharded_checkpoint(tmp_path, spoil, kind):
@@ -427,7 +496,7 @@ def test_one_exception_names_what_is_wrong_with_a_sharded_checkpoint(tmp_path, s
     named = spoil(folder)
     with pytest.raises(kind) as caught:
         opened(folder)
-    assert_one_sentence_names(caught.value, [named])
+    assert_one_sentence_names(caught.value, [str(folder), named])
 
 
 @pytest.mark.parametrize("name", ["nowhere/at-all", "nowhere", "./nowhere", "a/b/c", "/no/such/folder"])
