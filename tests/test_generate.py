@@ -19,6 +19,7 @@ from modeltorch import arithmetic
 from modeltorch.checkpoint import BUNDLED
 from modeltorch.engine import DEFAULT_NEW_TOKENS, MAX_BATCH, Engine, Request
 from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
+from modeltorch.paged_cache import PagedCache
 from modeltorch.sampling import Sampler, Sampling, SamplingRows
 
 SHAPE = Shape()
@@ -406,13 +407,18 @@ SIZES = {
     "block_size 0": {"block_size": 0},
     "block_size -1": {"block_size": -1},
     "block_size of text": {"block_size": "16"},
+    "block_size of true": {"block_size": True},
+    "block_size beyond 32 bits": {"block_size": 2**31},
     "num_blocks 0": {"num_blocks": 0},
+    "num_blocks of true": {"num_blocks": True},
+    "num_blocks beyond 32 bits": {"num_blocks": 10**9},
     "num_blocks of a fraction": {"num_blocks": 1.5},
     "cache_gb 0": {"num_blocks": None, "cache_gb": 0},
     "cache_gb -1": {"num_blocks": None, "cache_gb": -1.0},
     "cache_gb nan": {"num_blocks": None, "cache_gb": math.nan},
     "cache_gb inf": {"num_blocks": None, "cache_gb": math.inf},
     "cache_gb of text": {"num_blocks": None, "cache_gb": "1"},
+    "cache_gb of true": {"num_blocks": None, "cache_gb": True},
 }
 
 
@@ -420,6 +426,18 @@ SIZES = {
 def test_sizes_of_a_cache_that_make_no_sense_are_refused_by_name(reference, name, sizes):
     with pytest.raises((ValueError, TypeError), match=name.split()[0]):
         _ = runner(reference, **sizes).cache
+
+
+def test_a_cache_that_memory_does_not_hold_is_refused_with_its_bytes():
+    sizes = {"num_layers": 3, "kv_heads": 2**20, "head_size": 2**20, "dtype": torch.float32}
+    with pytest.raises(ValueError, match=rf"takes {3 * 2 * 4 * 16 * 2**60} bytes .* lower num_blocks or cache_gb"):
+        PagedCache(num_blocks=2**20, block_size=16, device=torch.device("cpu"), **sizes)
+
+
+@pytest.mark.parametrize("cache_gb", [1e9, 1e300, 10**400])
+def test_memory_beyond_any_machine_makes_as_many_blocks_as_slots_can_name(cache_gb):
+    sizes = {"num_layers": 3, "block_size": 100, "kv_heads": 2, "head_size": 16, "dtype": torch.float32}
+    assert PagedCache.blocks_for_memory(cache_gb, **sizes) == (2**31 - 1) // 100
 
 
 def test_the_memory_given_to_the_cache_decides_its_blocks(reference):
