@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
     _add_model_options(generate)
 
-    bench = commands.add_parser("bench", help="measure prefill, decode and serving")
+    bench = commands.add_parser("bench", help="measure prefill, decode and serving (all of it takes minutes)")
     model = bench.add_mutually_exclusive_group()
     model.add_argument("--shape", default="qwen2.5-0.5b", help="qwen2.5-0.5b, -1.5b or -7b with random weights")
     model.add_argument("--model", help="checkpoint folder or hub id instead of a shape")
@@ -160,7 +160,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     )
     if left_out:
         names = ", ".join(workload.name for workload in left_out)
-        room = f"{subject.model.max_positions} positions and its cache"
+        room = f"{subject.model.max_positions} positions or its cache"
         print(f"modeltorch: left out, because they do not fit the model's {room}: {names}", file=sys.stderr)
     # Opened first: a file that cannot be written is told before minutes of measuring.
     with Path(arguments.json).open("a") if arguments.json else contextlib.nullcontext() as file:
