@@ -52,6 +52,16 @@ def test_an_operation_can_run_again_with_other_shapes() -> None:
         torch.testing.assert_close(norm.run([x, torch.ones(size)])[0], expected)
 
 
+HEADS = {"heads": 2, "kv_heads": 2, "head_size": 4, "scale": 1.0}
+ROWS = [torch.zeros(2, 2, 4), torch.zeros(2, 2, 4)]
+QKV = [*ROWS, torch.zeros(2, 2, 4)]
+CACHES = [torch.zeros(2, 2, 2, 4), torch.zeros(2, 2, 2, 4)]
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
 @pytest.mark.parametrize(
     ("name", "parameters", "inputs", "message"),
     [
@@ -63,6 +73,17 @@ def test_an_operation_can_run_again_with_other_shapes() -> None:
         ("RmsNorm", {"epsilon": 1e-6}, [torch.zeros(4, 2).t(), torch.zeros(4)], "contiguous"),
         ("SwiGlu", {}, [torch.zeros(1, 3)], "even number of columns"),
         ("ArgmaxRows", {}, [torch.zeros(2, 0)], "at least one column"),
+        ("SplitQkv", {"heads": 2, "kv_heads": 0, "head_size": 4}, [torch.zeros(1, 8)], "kv_heads must be a whole"),
+        ("SelfAttention", {**HEADS, "heads": 3}, [], "heads must be a multiple of kv_heads, got 3 and 2"),
+        ("SelfAttention", {**HEADS, "head_size": 1.5}, [], r"head_size must be a whole number in .*, got 1.5"),
+        ("Linear", {"transposed": 1, "has_bias": 0, "parts": -1}, [], "parts must be a whole number"),
+        ("GatherRows", {}, [torch.zeros(4, 2), torch.tensor([0, 4])], r"indices holds 4 at 1, outside \[0, 4\)"),
+        ("GatherRows", {}, [torch.zeros(4, 2), torch.tensor([-1])], "indices holds -1"),
+        ("ReshapeAndCache", {}, [*ROWS, *CACHES, int32(4, -1)], r"slots holds 4 at 0, outside \[-1, 4\)"),
+        ("SelfAttention", HEADS, [*QKV, int32(3)], "seq_len"),
+        ("SelfAttention", HEADS, [*QKV, int32(1)], "add up to the 2 tokens"),
+        ("PagedAttention", HEADS, [QKV[0], *CACHES, int32(0, 1).view(2, 1), int32(2, 3)], "seq_len holds 3 at 1"),
+        ("PagedAttention", HEADS, [QKV[0], *CACHES, int32(0, 2).view(2, 1), int32(2, 1)], "block_tables holds 2"),
     ],
 )
 def test_bad_use_of_an_operation_is_told(name, parameters, inputs, message) -> None:

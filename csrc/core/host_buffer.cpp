@@ -21,7 +21,7 @@ HostBuffer::HostBuffer(size_t bytes) : bytes_(bytes) {
   const size_t alignment = bytes >= kHugePage ? kHugePage : kPage;
   const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
   data_ = std::aligned_alloc(alignment, rounded == 0 ? alignment : rounded);
-  if (data_ == nullptr) fail(ErrorKind::kRuntime, "out of memory: ", bytes, " bytes for packed weights");
+  if (data_ == nullptr) fail(ErrorKind::kRuntime, "out of memory: ", bytes, " bytes of host memory were asked for");
 #if defined(__linux__)
   madvise(data_, rounded, MADV_HUGEPAGE);
 #endif

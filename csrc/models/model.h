@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <ostream>
 #include <span>
@@ -61,6 +62,9 @@ struct Step {
 class Model {
  public:
   virtual ~Model() = default;
+
+  /// A copy. set_weight tries the weights on one, so that the model stays whole if anything throws.
+  virtual std::unique_ptr<Model> clone() const = 0;
 
   /// The name in errors and logs.
   virtual std::string name() const = 0;

@@ -38,6 +38,7 @@ class QwenModel : public Model {
   QwenModel(DecoderParameters parameters, const InputOrder& order)
       : parameters_(std::move(parameters)), order_(order), weights_(parameters_.shape) {}
 
+  std::unique_ptr<Model> clone() const override { return std::make_unique<QwenModel>(*this); }
   std::string name() const override {
     return parameters_.is_prefill ? "DecoderModel_Prefill" : "DecoderModel_Decoder";
   }

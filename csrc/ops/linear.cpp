@@ -231,8 +231,8 @@ const bool packer_registered =
     register_packer(Linear::kName, DeviceType::kCpu, {replaced_by_panels, panel_format, pack_linear});
 const bool known =
     register_operation(Linear::kName, [](const OperationParameters& parameters) -> OperationPtr {
-      const LinearPart part{parameters.integer("transposed") != 0, parameters.integer("has_bias") != 0};
-      return std::make_shared<Linear>(std::vector<LinearPart>(parameters.integer("parts"), part));
+      const LinearPart part{parameters.integer("transposed", 0) != 0, parameters.integer("has_bias", 0) != 0};
+      return std::make_shared<Linear>(std::vector<LinearPart>(parameters.integer("parts", 1), part));
     });
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "core/check.h"
 #include "core/parallel.h"
 
 namespace modeltorch {
@@ -30,10 +31,16 @@ uint64_t read_part(const Line* lines, int64_t count) {
   return total;
 }
 
+size_t whole_lines(int64_t bytes) {
+  constexpr int64_t kMost = int64_t{1} << 40;
+  check(bytes >= 1 && bytes <= kMost, "a read probe must have 1 to ", kMost, " bytes, got ", bytes);
+  return (static_cast<size_t>(bytes) + sizeof(Line) - 1) / sizeof(Line) * sizeof(Line);
+}
+
 }  // namespace
 
-ReadProbe::ReadProbe(size_t bytes) : buffer_(bytes) {
-  std::memset(buffer_.data(), 1, bytes);
+ReadProbe::ReadProbe(int64_t bytes) : buffer_(whole_lines(bytes)) {
+  std::memset(buffer_.data(), 1, buffer_.bytes());
 }
 
 uint64_t ReadProbe::read() const {

@@ -74,7 +74,8 @@ class ModelObject final : public torch::CustomClassHolder {
 
   Model& model();
   void settle();
-  void bind_caches();
+  State with_weights(const std::vector<at::Tensor>& weights);
+  static void bind_caches(State& state);
   Step prepare(const std::vector<at::Tensor>& inputs, const std::string& parameters);
   void run(const Step& step, const std::vector<at::Tensor>& outputs);
   void keep_in_flight(const std::vector<at::Tensor>& tensors);

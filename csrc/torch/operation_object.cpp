@@ -41,7 +41,9 @@ bool OperationObject::is_prepared_for(const std::vector<at::Tensor>& tensors,
   if (!runner_ || descs != input_descs_) return false;
   for (size_t index = 0; index < weight_positions_.size(); ++index) {
     const at::Tensor& tensor = tensors[weight_positions_[index]];
-    if (!tensor.is_same(weights_[index]) || tensor._version() != versions_[index]) return false;
+    const bool is_counted = !tensor.is_inference();  // else nobody knows whether it was written to
+    if (!is_counted || !tensor.is_same(weights_[index]) || tensor._version() != versions_[index])
+      return false;
   }
   return true;
 }
@@ -81,7 +83,7 @@ void OperationObject::prepare(const std::vector<at::Tensor>& tensors,
   versions_.clear();
   for (const size_t position : weight_positions_) {
     weights_.push_back(tensors[position]);
-    versions_.push_back(tensors[position]._version());
+    versions_.push_back(tensors[position].is_inference() ? 0 : tensors[position]._version());
   }
   arena_ = std::make_unique<TensorArena>(device_);
   input_descs_ = std::move(descs);
@@ -93,6 +95,7 @@ std::vector<at::Tensor> OperationObject::run(const std::vector<at::Tensor>& inpu
   return translate_errors("Operation " + std::string(operation_->name()), [&] {
     const std::vector<GivenTensor> given = describe(inputs);
     prepare(inputs, given);
+    if (device_.type == DeviceType::kCpu) operation_->check_indices(views_of(given));
     std::vector<at::Tensor> outputs;
     for (const TensorDesc& desc : output_descs_) outputs.push_back(make_tensor(desc, device_));
     runner_->run(views_of(given), views_of(describe(outputs)), step_of(inputs), *arena_);

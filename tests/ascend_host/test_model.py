@@ -204,6 +204,29 @@ def test_steps_on_changing_streams_wait_for_each_other():
         pair.same(logits[step].cpu(), pair.cpu.decode({0: step, 1: step + 1}))
 
 
+@pytest.mark.skipif(BLOCKING, reason="every node is waited for in this mode")
+def test_memory_that_was_outgrown_is_kept_while_another_stream_uses_it():
+    """Made on the first stream, still in use on the second when a larger step on the third lets it go."""
+    shape = Shape(layers=1, vocab=300, intermediate=12000)
+    runner = Runner(shape, random_model(shape), torch.float16, "npu")
+    small, large = runner.prefill_inputs([[1] * 60]), runner.prefill_inputs([[2] * 200])
+    first, second, third = (torch.npu.Stream() for _ in range(3))
+    torch.npu.synchronize()
+    with torch.npu.stream(first):
+        expected = runner.encoder.execute(*small)[0].cpu()
+    ones = torch.ones(1 << 18, pin_memory=True)
+    with slow_streams(10_000):
+        with torch.npu.stream(second):
+            logits = runner.encoder.execute(*small)[0]
+        with torch.npu.stream(third):
+            runner.encoder.execute(*large)
+        with torch.npu.stream(first):
+            others = [torch.empty(1 << 18, device="npu").copy_(ones, non_blocking=True) for _ in range(24)]
+        torch.npu.synchronize()
+    assert torch.equal(logits.cpu(), expected)
+    assert all((other.cpu() == 1).all() for other in others)
+
+
 def test_two_models_run_on_two_streams():
     """Two threads, two models, two streams: neither sees the other."""
     pairs = [Pair(Shape(), torch.float16, Layout(), 16, 64, seed) for seed in (1, 2)]
@@ -333,6 +356,11 @@ def test_weights_may_lie_in_tiles():
         assert count("LinearOperation") > casts
     with pytest.raises(ValueError, match=r"slot must be in \[0, 103\), got 103"):
         runner.encoder.set_format_to_nz(103)
+    with pytest.raises(ValueError, match=r"weight 1 must be a matrix to lie in tiles, got float16\[64\]"):
+        runner.encoder.set_format_to_nz(1)
+    narrow = Runner(Shape(vocab=97), random_model(Shape(vocab=97)), torch.float16, "npu")
+    with pytest.raises(ValueError, match=r"weight 102, .* has memory for \d+ bytes: too few for tiles"):
+        narrow.encoder.set_format_to_nz(102)
 
 
 def set_tiled_weights(runner: Runner, tell: bool) -> None:
