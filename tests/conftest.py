@@ -1,7 +1,12 @@
 """Test-wide settings: how many random cases, and no time limit on a case (machines are shared)."""
 
-import os
+from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 _QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
@@ -9,5 +14,17 @@ settings.register_profile("short", max_examples=25, **_QUIET)
 settings.register_profile("long", max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
+# Modules that tests share say what their assertions compared, as tests do.
+pytest.register_assert_rewrite("model_objects")
+
 # The tests of the Ascend path run on stand-ins alone: `make test-ascend`.
 collect_ignore = [] if os.environ.get("ASCEND_HOST") == "1" else ["ascend_host"]
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from a second thread, and wait for it where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
