@@ -15,7 +15,7 @@ settings.register_profile("long", max_examples=250, deadline=None, suppress_heal
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 # Modules that tests share say what their assertions compared, as tests do.
-pytest.register_assert_rewrite("model_objects")
+pytest.register_assert_rewrite("model_objects", "contract_callers")
 
 # The tests of the Ascend path run on stand-ins alone: `make test-ascend`.
 collect_ignore = [] if os.environ.get("ASCEND_HOST") == "1" else ["ascend_host"]
