@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from transformers import Qwen2ForCausalLM
 
 _QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 settings.register_profile("short", max_examples=25, **_QUIET)
@@ -15,7 +19,7 @@ settings.register_profile("long", max_examples=250, deadline=None, suppress_heal
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 # Modules that tests share say what their assertions compared, as tests do.
-pytest.register_assert_rewrite("model_objects", "contract_callers")
+pytest.register_assert_rewrite("model_objects", "contract_callers", "watched_models")
 
 # The tests of the Ascend path run on stand-ins alone: `make test-ascend`.
 collect_ignore = [] if os.environ.get("ASCEND_HOST") == "1" else ["ascend_host"]
@@ -28,3 +32,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Qwen2ForCausalLM:
+    """A model of transformers of the usual small shape, with random weights."""
+    from reference import Shape, random_model  # loads the library, which the Ascend tests do in an order of their own
+
+    return random_model(Shape())
