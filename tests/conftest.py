@@ -13,13 +13,15 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from transformers import Qwen2ForCausalLM
 
+    from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
+
 _QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 settings.register_profile("short", max_examples=25, **_QUIET)
 settings.register_profile("long", max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 # Modules that tests share say what their assertions compared, as tests do.
-pytest.register_assert_rewrite("model_objects", "contract_callers", "watched_models")
+pytest.register_assert_rewrite("model_objects", "contract_callers", "watched_models", "flash_callers")
 
 # The tests of the Ascend path run on stand-ins alone: `make test-ascend`.
 collect_ignore = [] if os.environ.get("ASCEND_HOST") == "1" else ["ascend_host"]
@@ -40,3 +42,11 @@ def reference() -> Qwen2ForCausalLM:
     from reference import Shape, random_model  # loads the library, which the Ascend tests do in an order of their own
 
     return random_model(Shape())
+
+
+@pytest.fixture
+def model(reference: Qwen2ForCausalLM) -> FlashQwen2ForCausalLM:
+    """Our model over its weights, new for every test."""
+    from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
+
+    return FlashQwen2ForCausalLM(reference.config, reference.state_dict(), dtype="float32")
