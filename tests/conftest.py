@@ -50,3 +50,10 @@ def model(reference: Qwen2ForCausalLM) -> FlashQwen2ForCausalLM:
     from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
 
     return FlashQwen2ForCausalLM(reference.config, reference.state_dict(), dtype="float32")
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network, here and in processes that a test starts."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
