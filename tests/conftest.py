@@ -23,6 +23,15 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 # Modules that tests share say what their assertions compared, as tests do.
 pytest.register_assert_rewrite("model_objects", "contract_callers", "watched_models", "flash_callers")
 
+
+def pytest_report_header() -> str:
+    """Says which devices these tests run on, and which not."""
+    from reference import DEVICES
+
+    missing = [device for device in ("cuda",) if device not in DEVICES]
+    return f"devices: {', '.join(DEVICES)}" + (f"; NOT TESTED: {', '.join(missing)}" if missing else "")
+
+
 # The tests of the Ascend path run on stand-ins alone: `make test-ascend`.
 collect_ignore = [] if os.environ.get("ASCEND_HOST") == "1" else ["ascend_host"]
 
