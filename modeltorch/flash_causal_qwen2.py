@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from modeltorch import checkpoint
+from modeltorch.configuration import check_config, rope_settings
 from modeltorch.engine import Engine, Generation, Request
 from modeltorch.paged_cache import DEFAULT_BLOCK_SIZE, PagedCache, free_memory
 from modeltorch.sampling import Sampling
@@ -44,15 +44,9 @@ def rope_tables(config: Any, head_size: int, dtype: torch.dtype) -> tuple[torch.
 
     Raises:
         NotImplementedError: rope scaling other than linear.
+        ValueError: a value that is not a number, or out of range.
     """
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear"):
-        raise NotImplementedError(f"rope scaling must be default or linear, got {kind}: others are not built")
-    theta = rope.get("rope_theta", getattr(config, "rope_theta", None)) or 10000.0
-    factor = rope.get("factor") if kind == "linear" else 1.0
-    if not isinstance(factor, (int, float)) or not 1.0 <= factor < math.inf:
-        raise ValueError(f"linear rope scaling needs a factor of at least 1, got {factor}")
+    theta, factor = rope_settings(config)
     exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
     inv_freq = (1.0 / theta**exponents) / factor
     angles = torch.arange(config.max_position_embeddings, dtype=torch.float32).unsqueeze(1) * inv_freq
@@ -65,17 +59,6 @@ def _checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
         if dtype in (name, known):
             return known
     raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype}")
-
-
-def _check_config(config: Any) -> None:
-    model_type = getattr(config, "model_type", "qwen2")
-    if model_type != "qwen2":
-        raise NotImplementedError(f"model_type must be qwen2, got {model_type}: other architectures are not built")
-    if getattr(config, "use_sliding_window", False):
-        raise NotImplementedError("use_sliding_window is true, which is not built; only full attention is")
-    activation = getattr(config, "hidden_act", "silu")
-    if activation != "silu":
-        raise NotImplementedError(f"hidden_act must be silu, got {activation}: others are not built")
 
 
 def _check_device(device: torch.device) -> None:
@@ -131,7 +114,7 @@ class FlashQwen2ForCausalLM:
             ValueError: an unknown dtype, or sizes that contradict each other.
             NotImplementedError: an architecture, a feature or a device that is not built.
         """
-        _check_config(config)
+        check_config(config)
         self.config = config
         try:
             self.device = torch.device(device)
