@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
 
 _READ_SAMPLE_BYTES = 256 * 2**20  # several times the caches
+_GPU_READ_SAMPLE_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,53 @@ class ReadRate:
         return Limit(rate, "GB/s", moved / seconds / 1e9 / rate)
 
 
+class GpuReadRate(ReadRate):
+    """The same for the memory of a GPU: the sum of a large tensor, in GPU time."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def __post_init__(self) -> None:
+        pass
+
+    def sample(self) -> None:
+        """Reads the sample several times and keeps the fastest."""
+        memory = torch.randn(_GPU_READ_SAMPLE_BYTES // 4, device=self._device)
+        seconds = min(_gpu_seconds(memory.sum) for _ in range(5))
+        self.samples.append(_GPU_READ_SAMPLE_BYTES / seconds / 1e9)
+
+
+def _gpu_seconds(body: Callable[[], object]) -> float:
+    """Seconds that the GPU takes for what `body` launches."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    body()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def read_rate(device: torch.device) -> ReadRate | None:
+    """What measures how fast a device reads its memory; None where nothing does."""
+    return ReadRate() if device.type == "cpu" else GpuReadRate(device) if device.type == "cuda" else None
+
+
+def linear_rate(model: FlashQwen2ForCausalLM, rows: int) -> LinearRate | None:
+    """What measures how fast torch's own library multiplies on a model's device; None where nothing does."""
+    return LinearRate(model, rows) if model.device.type in ("cpu", "cuda") else None
+
+
 class LinearRate:
     """Samples of how fast torch's own library multiplies the model's linears at a number of rows."""
 
     def __init__(self, model: FlashQwen2ForCausalLM, rows: int) -> None:
         self._flops = 2 * rows * sum(n * k for n, k in _linear_shapes(model))
+        self._on_gpu = model.device.type == "cuda"
+        where = {"device": model.device}
         self._pairs = [
-            (torch.randn(rows, k).to(model.dtype), torch.randn(n, k).to(model.dtype)) for n, k in _linear_shapes(model)
+            (torch.randn(rows, k, **where).to(model.dtype), torch.randn(n, k, **where).to(model.dtype))
+            for n, k in _linear_shapes(model)
         ]
         self.samples: list[float] = []
 
@@ -89,11 +130,17 @@ class LinearRate:
         """Multiplies the linears of one layer, twice, and keeps the faster time."""
         seconds = []
         for _ in range(2):
+            if self._on_gpu:
+                seconds.append(_gpu_seconds(self._multiply))
+                continue
             start = time.perf_counter()
-            for x, weight in self._pairs:
-                torch.nn.functional.linear(x, weight)
+            self._multiply()
             seconds.append(time.perf_counter() - start)
         self.samples.append(self._flops / min(seconds) / 1e9)
+
+    def _multiply(self) -> None:
+        for x, weight in self._pairs:
+            torch.nn.functional.linear(x, weight)
 
     def limit(self, flops: int, seconds: float) -> Limit:
         """For a step of so many operations in so much time."""

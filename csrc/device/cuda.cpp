@@ -104,6 +104,7 @@ class CudaSession::StagedPlan final : public Plan::SessionState {
     const void* arena = nullptr;
     const void* inputs = nullptr;
     std::vector<std::pair<const void*, int64_t>> tables;  ///< inputs that no count follows, with their rows
+    std::vector<int64_t> widths;
 
     friend bool operator==(const Captured&, const Captured&) = default;
   };
@@ -207,7 +208,7 @@ void CudaSession::run_staged(Plan& plan, const StepInfo& step) {
   StageRows stage;
   size_t bytes = 0;
   size_t index = 0;
-  StagedPlan::Captured now{plan.bound_version(), plan.arena(), nullptr, {}};
+  StagedPlan::Captured now{plan.bound_version(), plan.arena(), nullptr, {}, {}};
   for (const int32_t value : plan.step_values()) {
     TensorView& view = plan.view(value);
     if (plan.graph().values[value].kind != ValueKind::kInput) continue;
@@ -252,6 +253,7 @@ void CudaSession::run_staged(Plan& plan, const StepInfo& step) {
     plan.view(value).data = part.to;
   }
   now.inputs = staged.inputs->data();
+  now.widths = staged.widths;
   stage_rows(stage, stream_);
 
   const size_t end = first_output_node(plan.graph());

@@ -1,7 +1,10 @@
 #include "ops/fused_linear.h"
 
+#include <algorithm>
+
 #include "ops/cuda_kernel.cuh"
 #include "ops/elementwise.h"
+#include "ops/few_row_linear.h"
 #include "ops/linear_products.h"
 #include "ops/norm_rows.h"
 
@@ -30,17 +33,50 @@ class FusedLinearCuda final : public CudaKernel<FusedLinear> {
     columns_ = setup.outputs[0].dims[1] * (op_.swiglu ? 2 : 1);
     if (op_.has_norm) norm_bytes_ = aligned(bucket_rows_ * x[1] * size);
     if (op_.swiglu) product_bytes_ = aligned(bucket_rows_ * columns_ * size);
+    FewRowLinear few{.dtype = dtype_, .rows = bucket_rows_, .k = x[1], .gamma = op_.has_norm ? this : nullptr};
+    few.parts[0].n = columns_;
+    few.part_count = 1;
+    few.swiglu = op_.swiglu;
+    if (bucket_rows_ <= kFewRows && bucket_rows_ > 0) few_row_bytes_ = few_row_linear_workspace(few);
   }
 
-  size_t workspace_bytes() const override { return kCudaGemmWorkspace + norm_bytes_ + product_bytes_; }
+  size_t workspace_bytes() const override {
+    return std::max(kCudaGemmWorkspace + norm_bytes_ + product_bytes_, few_row_bytes_);
+  }
 
   void run(const KernelArgs& args) override {
     const Tensors tensors = tensors_of(args);
     if (tensors.x->dims[0] == 0) return;
+    if (run_few_rows(tensors, args)) return;
     run_in_steps(tensors, args);
   }
 
  private:
+  static constexpr int64_t kFewRows = 128;
+
+  // In one launch, if there is a kernel for it.
+  bool run_few_rows(const Tensors& tensors, const KernelArgs& args) {
+    const int64_t rows = tensors.x->dims[0];
+    if (rows > kFewRows || tensors.parts.size() > 3) return false;
+    FewRowLinear linear{.dtype = dtype_,
+                        .rows = rows,
+                        .k = tensors.x->dims[1],
+                        .x = tensors.x->data,
+                        .gamma = op_.has_norm ? tensors.gamma->data : nullptr,
+                        .epsilon = op_.epsilon,
+                        .residual = op_.has_residual ? tensors.residual->data : nullptr,
+                        .swiglu = op_.swiglu,
+                        .y = tensors.y->data,
+                        .workspace = args.workspace};
+    for (const LinearProducts::Part& part : tensors.parts) {
+      if (!part.transposed) return false;
+      linear.parts[linear.part_count++] = {part.weight, part.bias, part.n};
+    }
+    if (!few_row_linear_fits(linear)) return false;
+    few_row_linear(linear, args.stream);
+    return true;
+  }
+
   Tensors tensors_of(const KernelArgs& args) const {
     Tensors tensors{.x = &args.in(0), .y = &args.out(0), .parts = {}};
     if (op_.has_norm) tensors.gamma = &args.in(1);
@@ -95,6 +131,7 @@ class FusedLinearCuda final : public CudaKernel<FusedLinear> {
   int64_t columns_ = 0;  ///< of the products
   size_t norm_bytes_ = 0;
   size_t product_bytes_ = 0;
+  size_t few_row_bytes_ = 0;
 };
 
 const bool registered = register_cuda<FusedLinear, FusedLinearCuda>();
