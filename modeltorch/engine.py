@@ -7,7 +7,7 @@ import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -87,6 +87,7 @@ class DecodeBatch:
         self._host_tables = torch.tensor(rows, dtype=torch.int32)
         self.tables = self._host_tables.to(device)
         self.temperatures = _temperatures(requests, device)
+        self.device = device
         self._step = _PLANNED_STEPS
         self._positions = self._slots = self._lengths = self.ids
 
@@ -115,6 +116,21 @@ class DecodeBatch:
         self.ids = tokens
         self.host_lengths = [length + 1 for length in self.host_lengths]
         self._step += 1
+
+
+class _TokensOnTheirWay:
+    """The tokens of a step, on their way from the GPU to the host."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        self._host.copy_(tokens, non_blocking=True)
+        self._copied: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied.record(torch.cuda.current_stream(tokens.device))
+
+    def wait(self) -> list[int]:
+        """Waits for them."""
+        self._copied.synchronize()
+        return [int(token) for token in self._host.tolist()]
 
 
 class Engine:
@@ -167,6 +183,8 @@ class Engine:
                 admitted = self._admit(waiting, len(batch.requests) if batch else 0)
                 if admitted:
                     self._prefill(admitted)
+                elif batch is not None and batch.device.type == "cuda":
+                    self._decode_ahead(batch)
                 else:
                     assert batch is not None  # an empty engine admits any request that check() let pass
                     self._decode(batch)
@@ -261,6 +279,27 @@ class Engine:
         tokens = self.decode_step(batch)
         for request, token in zip(batch.requests, tokens.tolist(), strict=True):
             self._append(request, token)
+
+    def _decode_ahead(self, batch: DecodeBatch) -> None:
+        """Decodes until a request ends. A step is launched before the tokens of the one before it are read.
+
+        A request that ends with an end-of-sequence token takes part in one more step, whose token is dropped.
+        """
+        going = min(request.limit - len(request.prompt) - len(request.new_tokens) for request in batch.requests)
+        behind = _TokensOnTheirWay(self.decode_step(batch))
+        for _ in range(going - 1):
+            ahead = _TokensOnTheirWay(self.decode_step(batch))
+            self._take(batch, behind)
+            behind = ahead
+            if any(request.finish_reason for request in batch.requests):
+                break
+        self._take(batch, behind)
+
+    def _take(self, batch: DecodeBatch, tokens: _TokensOnTheirWay) -> None:
+        """Appends the tokens of a step to the requests that have not ended before it."""
+        for request, token in zip(batch.requests, tokens.wait(), strict=True):
+            if not request.finish_reason:
+                self._append(request, token)
 
     def decode_step(self, batch: DecodeBatch) -> torch.Tensor:
         """One decode step with sampling; returns the new tokens, int64 [B], and advances the batch."""

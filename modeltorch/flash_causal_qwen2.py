@@ -268,7 +268,7 @@ class FlashQwen2ForCausalLM:
                     if not all(name in slots for name in names):
                         continue
                     parts = [weights[slots[name]] for name in names]
-                    views = torch.cat(parts).split([part.shape[0] for part in parts])
+                    views = torch.split(torch.cat(parts), [part.shape[0] for part in parts])
                     for name, view in zip(names, views, strict=True):
                         weights[slots[name]] = view
 

@@ -351,7 +351,8 @@ def rope_attention_cases(sizes: list[tuple[list[int], int, int, int, int]], is_p
                 rows.append(_attend(q[index : index + 1], keys[picked], values[picked], scale))
             return [torch.cat(rows)]
 
-        label = f"{'paged' if is_paged else 'whole'} {'+'.join(map(str, lengths))} bs{block_size} h{heads} kv{kv_heads} d{d}"
+        phase = "paged" if is_paged else "whole"
+        label = f"{phase} {'+'.join(map(str, lengths))} bs{block_size} h{heads} kv{kv_heads} d{d}"
         parameters = {"heads": heads, "kv_heads": kv_heads, "head_size": d, "scale": scale, "is_paged": is_paged}
         yield Case("RopeAttention", label, make, exact, parameters)
 

@@ -1,6 +1,7 @@
 #include "ops/fused_linear.h"
 
 #include <algorithm>
+#include <bit>
 
 #include "ops/cuda_kernel.cuh"
 #include "ops/elementwise.h"
@@ -33,10 +34,25 @@ class FusedLinearCuda final : public CudaKernel<FusedLinear> {
     columns_ = setup.outputs[0].dims[1] * (op_.swiglu ? 2 : 1);
     if (op_.has_norm) norm_bytes_ = aligned(bucket_rows_ * x[1] * size);
     if (op_.swiglu) product_bytes_ = aligned(bucket_rows_ * columns_ * size);
-    FewRowLinear few{.dtype = dtype_, .rows = bucket_rows_, .k = x[1], .gamma = op_.has_norm ? this : nullptr};
+    FewRowLinear few{
+        .dtype = dtype_, .rows = bucket_rows_, .k = x[1], .gamma = op_.has_norm ? this : nullptr};
     few.parts[0].n = columns_;
     few.part_count = 1;
     few.swiglu = op_.swiglu;
+    // Between the largest buckets the choice is the same: it is made once for each power of two.
+    const auto rows =
+        static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(bucket_rows_, 1))));
+    bool has_bias = false;
+    for (const LinearPart& part : op_.parts) has_bias = has_bias || part.has_bias;
+    key_ = {static_cast<int64_t>(dtype_),
+            rows,
+            x[1],
+            columns_,
+            static_cast<int64_t>(op_.parts.size()),
+            has_bias,
+            op_.has_norm,
+            op_.swiglu,
+            op_.has_residual};
     if (bucket_rows_ <= kFewRows && bucket_rows_ > 0) few_row_bytes_ = few_row_linear_workspace(few);
   }
 
@@ -47,8 +63,12 @@ class FusedLinearCuda final : public CudaKernel<FusedLinear> {
   void run(const KernelArgs& args) override {
     const Tensors tensors = tensors_of(args);
     if (tensors.x->dims[0] == 0) return;
-    if (run_few_rows(tensors, args)) return;
-    run_in_steps(tensors, args);
+    const CudaSession::Way ways[] = {
+        [&](void*) { return run_few_rows(tensors, args); },
+        [&](void*) { return run_many_rows(tensors, args); },
+        [&](void*) { return run_in_steps(tensors, args); },
+    };
+    session_.run_fastest(key_, ways, args.stream);
   }
 
  private:
@@ -93,7 +113,7 @@ class FusedLinearCuda final : public CudaKernel<FusedLinear> {
   }
 
   // Norm, products, activation, one after the other: every dtype, shape and layout.
-  void run_in_steps(const Tensors& tensors, const KernelArgs& args) {
+  bool run_in_steps(const Tensors& tensors, const KernelArgs& args) {
     auto* workspace = static_cast<std::byte*>(args.workspace);
     const int64_t rows = tensors.x->dims[0];
     const void* x = tensors.x->data;
@@ -125,8 +145,13 @@ class FusedLinearCuda final : public CudaKernel<FusedLinear> {
     if (op_.swiglu) {
       swiglu_rows(dtype_, product, residual, rows, columns_ / 2, tensors.y->data, args.stream);
     }
+    return true;
   }
 
+  // The norm apart, the rest in one launch, if there is a kernel for it.
+  bool run_many_rows(const Tensors&, const KernelArgs&) { return false; }
+
+  std::vector<int64_t> key_;  ///< what the choice of a way depends on
   int64_t bucket_rows_ = 0;
   int64_t columns_ = 0;  ///< of the products
   size_t norm_bytes_ = 0;
