@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numbers
 import operator
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,6 +63,24 @@ def _temperatures(requests: Sequence[Request], device: torch.device) -> torch.Te
     return torch.tensor([request.temperature for request in requests], device=device)
 
 
+def _upload(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Copies of host tensors on a device; to a GPU in one copy that the host does not wait for."""
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    ends = list(accumulate(-(-tensor.nbytes // _UPLOAD_ALIGNMENT) * _UPLOAD_ALIGNMENT for tensor in tensors))
+    starts = [0, *ends[:-1]]
+    host = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
+
+    def part_of(memory: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
+        return memory[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+    for start, tensor in zip(starts, tensors, strict=True):
+        part_of(host, start, tensor).copy_(tensor)
+    memory = host.to(device, non_blocking=True)
+    return [part_of(memory, start, tensor) for start, tensor in zip(starts, tensors, strict=True)]
+
+
+_UPLOAD_ALIGNMENT = 256
 _PLANNED_STEPS = 64
 
 
@@ -83,9 +103,9 @@ class DecodeBatch:
         width = max(len(request.blocks) for request in requests)
         rows = [request.blocks + [0] * (width - len(request.blocks)) for request in requests]
         self.host_lengths = [len(request.prompt) + len(request.new_tokens) for request in requests]
-        self.ids = torch.tensor([request.new_tokens[-1] for request in requests], device=device)
         self._host_tables = torch.tensor(rows, dtype=torch.int32)
-        self.tables = self._host_tables.to(device)
+        ids = torch.tensor([request.new_tokens[-1] for request in requests])
+        self.ids, self.tables = _upload((ids, self._host_tables), device)
         self.temperatures = _temperatures(requests, device)
         self.device = device
         self._step = _PLANNED_STEPS
@@ -100,9 +120,8 @@ class DecodeBatch:
         columns = (positions // self.block_size).clamp(max=self.tables.shape[1] - 1)
         blocks = self._host_tables.to(torch.int64).gather(1, columns.t()).t()
         slots = blocks * self.block_size + positions % self.block_size
-        self._positions = positions.to(device)
-        self._slots = slots.to(torch.int32).contiguous().to(device)
-        self._lengths = lengths.to(torch.int32).to(device)
+        planned = (positions, slots.to(torch.int32).contiguous(), lengths.to(torch.int32))
+        self._positions, self._slots, self._lengths = _upload(planned, device)
         self._step = 0
 
     def step_tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -252,16 +271,33 @@ class Engine:
         lengths = [len(request.prompt) for request in requests]
         width = max(len(request.blocks) for request in requests)
         tables = [request.blocks + [0] * (width - len(request.blocks)) for request in requests]
+        tokens = array("q")
+        for request in requests:
+            tokens.extend(request.prompt)
+        if rows is None:
+            rows = torch.arange(len(tokens))
+        ids, places, block_tables, slot_rows, input_lengths, rows = _upload(
+            (
+                torch.frombuffer(tokens, dtype=torch.int64),
+                torch.cat(positions),
+                torch.tensor(tables, dtype=torch.int32),
+                torch.cat(slots).to(torch.int32),
+                torch.tensor(lengths, dtype=torch.int32),
+                rows,
+            ),
+            self.model.device,
+        )
         return self.model.forward(
-            torch.tensor([token for request in requests for token in request.prompt]),
-            torch.cat(positions),
+            ids,
+            places,
             True,
             self.cache.pairs,
-            torch.tensor(tables, dtype=torch.int32),
-            torch.cat(slots).to(torch.int32),
-            torch.tensor(lengths, dtype=torch.int32),
+            block_tables,
+            slot_rows,
+            input_lengths,
             max(lengths),
             rows,
+            host_lengths=lengths,
         )
 
     def _prefill(self, requests: list[Request]) -> None:
