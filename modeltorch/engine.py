@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numbers
 import operator
-from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,11 @@ class Request:
     new_tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     finish_reason: str = ""
+
+    @cached_property
+    def prompt_tensor(self) -> torch.Tensor:
+        """int64 [len(prompt)]."""
+        return torch.tensor(self.prompt, dtype=torch.int64)
 
     @property
     def limit(self) -> int:
@@ -271,14 +276,11 @@ class Engine:
         lengths = [len(request.prompt) for request in requests]
         width = max(len(request.blocks) for request in requests)
         tables = [request.blocks + [0] * (width - len(request.blocks)) for request in requests]
-        tokens = array("q")
-        for request in requests:
-            tokens.extend(request.prompt)
         if rows is None:
-            rows = torch.arange(len(tokens))
+            rows = torch.arange(sum(lengths))
         ids, places, block_tables, slot_rows, input_lengths, rows = _upload(
             (
-                torch.frombuffer(tokens, dtype=torch.int64),
+                torch.cat([request.prompt_tensor for request in requests]),
                 torch.cat(positions),
                 torch.tensor(tables, dtype=torch.int32),
                 torch.cat(slots).to(torch.int32),
