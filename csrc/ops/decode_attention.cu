@@ -20,29 +20,39 @@ int split_count(const DecodeAttention& attention, int head_tiles) {
   if (!device.hopper) return 1;
   const int64_t work = attention.sequences * attention.kv_heads * head_tiles;
   const int64_t tiles = (attention.max_context + kDecodeTokens - 1) / kDecodeTokens;
+  const int most = 8;
   int splits = 1;
-  while (splits < kDecodeMaxSplits && work * splits * 2 <= device.multiprocessors && splits * 4 < tiles)
-    splits *= 2;
+  while (splits < most && work * splits * 2 <= device.multiprocessors && splits * 4 < tiles) splits *= 2;
   return splits;
 }
 
 template <class T, class Shape>
 void launch_shape(const DecodeAttention& attention, const DecodeAttentionParams& params, void* stream) {
   const auto kernel = decode_attention_kernel<T, Shape>;
-  allow_shared_memory(kernel, Shape::kBytes);
+  allow_shared_memory(kernel, Shape::kAllBytes);
+  if (params.splits > 8) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+               "decode_attention");
+  }
   const dim3 grid(params.splits, params.kv_heads * params.head_tiles, attention.sequences);
-  launch_kernel(kernel, params, grid, Shape::kThreads, Shape::kBytes, params.splits, stream,
+  launch_kernel(kernel, params, grid, Shape::kThreads, Shape::bytes(params.splits), params.splits, stream,
                 "decode_attention");
 }
 
-/// One block of eight warps a multiprocessor while there are few blocks, else several of four.
+/// One block of eight warps a multiprocessor while there are few blocks; else four warps, and so little
+/// shared memory that several blocks fit.
 template <class T, int kD>
 void launch_head_size(const DecodeAttention& attention, const DecodeAttentionParams& params, void* stream) {
   const int64_t blocks = attention.sequences * params.kv_heads * params.head_tiles * params.splits;
-  if (decode_device().hopper && blocks <= decode_device().multiprocessors) {
-    return launch_shape<T, DecodeShape<kD, 8>>(attention, params, stream);
+  const DecodeDevice& device = decode_device();
+  constexpr int kLong = kD <= 64 ? 3 : kD <= 128 ? 2 : 1;
+  constexpr int kShort = kD <= 64 ? 3 : kD <= 96 ? 4 : kD <= 128 ? 3 : 2;
+  if (device.hopper && blocks <= (params.splits > 1 ? 64 : device.multiprocessors)) {
+    return launch_shape<T, DecodeShape<kD, 8, kLong>>(attention, params, stream);
   }
-  launch_shape<T, DecodeShape<kD, 4>>(attention, params, stream);
+  if (params.splits > 1)
+    return launch_shape<T, DecodeShape<kD, 4, kD <= 64 ? 3 : 2>>(attention, params, stream);
+  launch_shape<T, DecodeShape<kD, 4, kShort>>(attention, params, stream);
 }
 
 template <class T>

@@ -12,7 +12,7 @@ namespace modeltorch {
 
 inline constexpr int kDecodeTokens = 16;  // of a tile
 inline constexpr int kDecodeHeads = 16;   // query heads of a block, at most
-inline constexpr int kDecodeMaxSplits = 8;
+inline constexpr int kDecodeMaxSplits = 16;
 
 struct DecodeAttentionParams {
   const void *qkv, *cos, *sin;
@@ -24,21 +24,15 @@ struct DecodeAttentionParams {
   float scale_log2;  // scale * log2(e)
 };
 
-/// Sizes in shared memory for one head size and number of warps.
-template <int kDv, int kWarpsv>
+/// Sizes in shared memory for one head size, number of warps and stages of each warp's ring.
+template <int kDv, int kWarpsv, int kStagesv>
 struct DecodeShape {
   static constexpr int kD = kDv;
   static constexpr int kWarps = kWarpsv;
+  static constexpr int kStages = kStagesv;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kPitch = kD * 2 + 16;  // bytes of a row; eight rows meet no bank twice
   static constexpr int kTileBytes = 2 * kDecodeTokens * kPitch;
-  // Two blocks of four warps fit on a multiprocessor (one with head size 256), or one of eight.
-  static constexpr int kStages = kWarps == 4 ? (kD <= 96    ? 4
-                                                : kD <= 128 ? 3
-                                                            : 2)
-                                             : (kD <= 64    ? 3
-                                                : kD <= 128 ? 2
-                                                            : 1);
   static constexpr int kSumPitch = kD + 8;  // floats
   static constexpr int kSumBytes = kDecodeHeads * kSumPitch * 4;
   static constexpr int kRingBytes =
@@ -51,7 +45,9 @@ struct DecodeShape {
   // joined here.
   static constexpr int kSentStateOffset = kStateOffset + kWarps * 2 * kDecodeHeads * 4;
   static constexpr int kSentOffset = kSentStateOffset + kDecodeMaxSplits * 2 * kDecodeHeads * 4;
-  static constexpr int kBytes = kSentOffset + (kDecodeHeads * kD / 4 + kDecodeMaxSplits) * 16;
+  static constexpr int kAllBytes = kSentOffset + (kDecodeHeads * kD / 4 + kDecodeMaxSplits) * 16;
+
+  static int bytes(int splits) { return splits > 1 ? kAllBytes : kSentStateOffset; }
 };
 
 namespace decode {
@@ -79,23 +75,23 @@ struct Place {
   }
 };
 
-/// Starts the copies of one tile of keys and values. Tokens beyond the context and tokens in bad blocks
-/// become zeros.
+/// The row of the cache, all blocks in one, of the token of a tile that this lane looks up; -1: beyond what
+/// the cache holds, or in a bad block.
+__device__ __forceinline__ int find_row(const DecodeAttentionParams& p, const Place& place, int tile) {
+  const int token = tile * kDecodeTokens + (threadIdx.x & (kDecodeTokens - 1));
+  if (token >= place.cached) return -1;
+  const int entry = token / p.block_size;
+  const int block = __ldg(p.block_tables + place.sequence * p.table_width + entry);
+  if (block >= 0 && block < p.blocks) return block * p.block_size + token - entry * p.block_size;
+  *p.fault = 1;
+  return -1;
+}
+
+/// Starts the copies of one tile of keys and values, of the rows that the lanes found. No row: zeros.
 template <class T, class Shape>
-__device__ __forceinline__ void load_tile(const DecodeAttentionParams& p, const Place& place, int tile,
+__device__ __forceinline__ void load_tile(const DecodeAttentionParams& p, const Place& place, int row,
                                           uint32_t to) {
   const int lane = threadIdx.x & 31;
-  const int token = tile * kDecodeTokens + (lane & (kDecodeTokens - 1));
-  int row = -1;  // of the cache, all blocks in one
-  if (token < place.cached) {
-    const int entry = token / p.block_size;
-    const int block = __ldg(p.block_tables + place.sequence * p.table_width + entry);
-    if (block >= 0 && block < p.blocks) {
-      row = block * p.block_size + token - entry * p.block_size;
-    } else {
-      *p.fault = 1;
-    }
-  }
   constexpr int kVectors = Shape::kD / 8;
 #pragma unroll
   for (int i = 0; i < kDecodeTokens * kVectors / 32; ++i) {
@@ -402,10 +398,13 @@ __global__ void __launch_bounds__(Shape::kThreads)
   const uint32_t ring_address = ptx::shared_address(ring);
 
   for (int stage = 0; stage < Shape::kStages; ++stage) {
-    if (tile + stage < end)
-      load_tile<T, Shape>(p, place, tile + stage, ring_address + stage * Shape::kTileBytes);
+    if (tile + stage < end) {
+      load_tile<T, Shape>(p, place, find_row(p, place, tile + stage),
+                          ring_address + stage * Shape::kTileBytes);
+    }
     ptx::commit_copies();
   }
+  int next_row = find_row(p, place, tile + Shape::kStages);  // looked up a tile ahead
   ptx::wait_for_dependencies();
   if (place.length == 0) {
     if (place.split != 0) return;
@@ -430,9 +429,8 @@ __global__ void __launch_bounds__(Shape::kThreads)
     if (tokens <= kDecodeTokens) place_new_token<Shape>(shared, ring + here, tokens - 1);
     add_tile<T, Shape>(p, state, query, ring_address + here, tokens);
     __syncwarp();
-    if (tile + Shape::kStages < end) {
-      load_tile<T, Shape>(p, place, tile + Shape::kStages, ring_address + here);
-    }
+    if (tile + Shape::kStages < end) load_tile<T, Shape>(p, place, next_row, ring_address + here);
+    next_row = find_row(p, place, tile + Shape::kStages + 1);
     ptx::commit_copies();
     if (++stage == Shape::kStages) stage = 0;
   }

@@ -188,7 +188,9 @@ int plan_stream(StreamParams& p, const FewRowLinear& linear) {
   const int64_t items = divide_up(boxes, boxes_a_stage) * tiles;
   p.stages =
       static_cast<int>(std::min(std::clamp<int64_t>(room / p.stage_bytes, 2, kStreamMaxStages), items));
-  return static_cast<int>(bytes + static_cast<int64_t>(p.stages) * p.stage_bytes);
+  // The matrix units read whole tiles of rows, also where the last box has less.
+  const int64_t beyond = Shape::kWarpgroups ? 2 * 64 * kStreamBox * 2 : 0;
+  return static_cast<int>(bytes + static_cast<int64_t>(p.stages) * p.stage_bytes + beyond);
 }
 
 /// Describes a row-major [rows, k] matrix of 16-bit elements to the copy engine, in boxes of [box_rows,
@@ -263,10 +265,10 @@ void launch_stream(const FewRowLinear& linear, const void* x, const void* gamma,
   }
   if (resident(linear)) return launch_shape<T, StreamShape<2, 1, 1, 1, true>>(p, linear, parts, stream);
   if (p.rows <= 8) return launch_shape<T, StreamShape<2, 1, 1, 1, false>>(p, linear, parts, stream);
-  if (p.rows <= 16) return launch_shape<T, StreamShape<2, 2, 1, 1, false>>(p, linear, parts, stream);
-  if (p.rows <= 32) return launch_shape<T, StreamShape<2, 4, 2, 1, false>>(p, linear, parts, stream);
-  if (p.rows <= 64) return launch_shape<T, StreamShape<2, 4, 2, 2, false>>(p, linear, parts, stream);
-  return launch_shape<T, StreamShape<2, 8, 4, 2, false>>(p, linear, parts, stream);
+  if (p.rows <= 16) return launch_shape<T, WarpgroupShape<16>>(p, linear, parts, stream);
+  if (p.rows <= 32) return launch_shape<T, WarpgroupShape<32>>(p, linear, parts, stream);
+  if (p.rows <= 64) return launch_shape<T, WarpgroupShape<64>>(p, linear, parts, stream);
+  return launch_shape<T, WarpgroupShape<128>>(p, linear, parts, stream);
 }
 
 }  // namespace
