@@ -7,6 +7,7 @@
 #include "ops/elementwise.h"
 #include "ops/few_row_linear.h"
 #include "ops/linear_products.h"
+#include "ops/many_row_linear.h"
 #include "ops/norm_rows.h"
 
 namespace modeltorch {
@@ -116,19 +117,8 @@ class FusedLinearCuda final : public CudaKernel<FusedLinear> {
   bool run_in_steps(const Tensors& tensors, const KernelArgs& args) {
     auto* workspace = static_cast<std::byte*>(args.workspace);
     const int64_t rows = tensors.x->dims[0];
-    const void* x = tensors.x->data;
-    if (op_.has_norm) {
-      void* normed = workspace + kCudaGemmWorkspace;
-      norm_rows({.dtype = dtype_,
-                 .rows = rows,
-                 .size = tensors.x->dims[1],
-                 .x = x,
-                 .gamma = tensors.gamma->data,
-                 .epsilon = op_.epsilon,
-                 .y = normed},
-                args.stream);
-      x = normed;
-    }
+    if (op_.has_norm) normalise(tensors, args);
+    const void* x = op_.has_norm ? normed(args) : tensors.x->data;
     const void* residual = tensors.residual == nullptr ? nullptr : tensors.residual->data;
     void* product = op_.swiglu ? workspace + kCudaGemmWorkspace + norm_bytes_ : tensors.y->data;
     linear_products(session_.gemm(),
@@ -149,7 +139,49 @@ class FusedLinearCuda final : public CudaKernel<FusedLinear> {
   }
 
   // The norm apart, the rest in one launch, if there is a kernel for it.
-  bool run_many_rows(const Tensors&, const KernelArgs&) { return false; }
+  bool run_many_rows(const Tensors& tensors, const KernelArgs& args) {
+    const int64_t rows = tensors.x->dims[0];
+    if (rows <= kFewRows || (op_.swiglu && op_.has_residual)) return false;
+    ManyRowLinear linear{.dtype = dtype_,
+                         .rows = rows,
+                         .k = tensors.x->dims[1],
+                         .n = op_.swiglu ? columns_ / 2 : columns_,
+                         .x = op_.has_norm ? normed(args) : tensors.x->data,
+                         .weight = tensors.parts[0].weight,
+                         .residual = op_.has_residual ? tensors.residual->data : nullptr,
+                         .y = tensors.y->data};
+    for (const LinearProducts::Part& part : tensors.parts) {
+      if (!part.transposed || part.bias != nullptr) return false;
+    }
+    if (op_.swiglu) {
+      if (tensors.parts.size() > 2 || tensors.parts[0].n % linear.n != 0) return false;
+      linear.up = tensors.parts.size() == 2
+                      ? tensors.parts[1].weight
+                      : static_cast<const std::byte*>(linear.weight) +
+                            linear.n * linear.k * static_cast<int64_t>(dtype_size(dtype_));
+    } else if (tensors.parts.size() > 1) {
+      return false;
+    }
+    if (!many_row_linear_fits(linear)) return false;
+    if (op_.has_norm) normalise(tensors, args);
+    many_row_linear(linear, args.stream);
+    return true;
+  }
+
+  void* normed(const KernelArgs& args) const {
+    return static_cast<std::byte*>(args.workspace) + kCudaGemmWorkspace;
+  }
+
+  void normalise(const Tensors& tensors, const KernelArgs& args) {
+    norm_rows({.dtype = dtype_,
+               .rows = tensors.x->dims[0],
+               .size = tensors.x->dims[1],
+               .x = tensors.x->data,
+               .gamma = tensors.gamma->data,
+               .epsilon = op_.epsilon,
+               .y = normed(args)},
+              args.stream);
+  }
 
   std::vector<int64_t> key_;  ///< what the choice of a way depends on
   int64_t bucket_rows_ = 0;
