@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,24 @@ import torch
 from modeltorch import shapes
 from modeltorch.engine import DecodeBatch, Engine, Request
 from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
-from modeltorch.limits import Limit, LinearRate, ReadRate, decode_bytes, prefill_flops
+from modeltorch.limits import Limit, decode_bytes, linear_rate, prefill_flops, read_rate
 
 DECODE_STEPS = 128
 """Timed steps of a decode measurement; the context grows by one each, around its mean."""
 
 _WARM_UP_STEPS = 8
 _STEPS_PER_SAMPLE = 8  # timed steps between two samples of the machine's read rate
+_STEPS_PER_WAIT = 32  # on a GPU, steps that are timed together: the host waits for the last of them alone
+
+
+@cache
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(query, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return run.stdout.strip().splitlines()[0] if run.stdout.strip() else "unknown"
 
 
 PROMPT_LENGTHS, PREFILL_BATCHES = (128, 512), (1, 8)
@@ -42,7 +53,8 @@ def hardware(device: torch.device) -> str:
     """What the figures were taken on, for example "AMD EPYC, 2 threads, avx512"."""
     accelerator = _accelerator(device)
     if accelerator is not None:
-        return str(accelerator.get_device_name(device))
+        name = str(accelerator.get_device_name(device))
+        return f"{name}, driver {_driver()}" if device.type == "cuda" else name
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -177,7 +189,7 @@ def prefill(subject: Subject, batch: int, length: int, runs: int) -> Iterator[Re
     engine = Engine(subject.model)
     requests = _admitted(engine, _prompts(subject, [length] * batch), 1)
     device = subject.model.device
-    rate = LinearRate(subject.model, batch * length) if device.type == "cpu" else None
+    rate = linear_rate(subject.model, batch * length)
     seconds = []
     for _ in range(runs + 1):
         seconds.append(_seconds(device, lambda: engine.prefill_step(requests)))
@@ -223,19 +235,37 @@ def decode(subject: Subject, batch: int, context: int) -> Iterator[Result]:
         request.new_tokens.append(0)
     steps = DecodeBatch(requests, engine.cache.block_size, subject.model.device)
     device = subject.model.device
-    rate = ReadRate() if device.type == "cpu" else None
-    seconds = []
-    for step in range(_WARM_UP_STEPS + DECODE_STEPS):
-        seconds.append(_seconds(device, lambda: engine.decode_step(steps)))
-        if rate is not None and step % _STEPS_PER_SAMPLE == 0:
+    rate = read_rate(device)
+    if device.type == "cuda":
+        timed = _decode_without_waiting(engine, steps)
+        if rate is not None:
             rate.sample()
+    else:
+        seconds = []
+        for step in range(_WARM_UP_STEPS + DECODE_STEPS):
+            seconds.append(_seconds(device, lambda: engine.decode_step(steps)))
+            if rate is not None and step % _STEPS_PER_SAMPLE == 0:
+                rate.sample()
+        timed = seconds[_WARM_UP_STEPS:]
     for request in requests:
         engine.cache.release(request.blocks)
-    timed = seconds[_WARM_UP_STEPS:]
     limit = None
     if rate is not None:
         limit = rate.limit(decode_bytes(subject.model, batch, context), statistics.median(timed))
     yield from _both_units(subject, f"decode_b{batch}_ctx{context}", timed, batch, limit)
+
+
+def _decode_without_waiting(engine: Engine, steps: DecodeBatch) -> list[float]:
+    """Seconds a step, of groups of steps in which the host runs ahead of the GPU as it does in serving."""
+    device = engine.model.device
+    for _ in range(_WARM_UP_STEPS):
+        engine.decode_step(steps)
+
+    def group() -> None:
+        for _ in range(_STEPS_PER_WAIT):
+            engine.decode_step(steps)
+
+    return [_seconds(device, group) / _STEPS_PER_WAIT for _ in range(DECODE_STEPS // _STEPS_PER_WAIT)]
 
 
 def serve(subject: Subject, requests: int, prompt_range: tuple[int, int], new_tokens: int) -> Iterator[Result]:

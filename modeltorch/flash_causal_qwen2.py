@@ -412,6 +412,41 @@ class FlashQwen2ForCausalLM:
 
     __call__ = forward
 
+    def warm_up(self, batch_sizes: Sequence[int] = (), prompt_lengths: Sequence[int] = ()) -> None:
+        """Runs steps of these sizes that leave the cache as it is, so that later ones set nothing up.
+
+        On a GPU the first step of a size loads kernels, measures which are the fastest and captures a graph.
+
+        Args:
+            batch_sizes: decode steps of so many sequences.
+            prompt_lengths: prefills of one prompt of so many tokens.
+
+        Raises:
+            ValueError: a size that is not a whole number of at least 1.
+        """
+        if any(operator.index(size) < 1 for size in (*batch_sizes, *prompt_lengths)):
+            raise ValueError(f"sizes must be at least 1, got {[*batch_sizes, *prompt_lengths]}")
+        width = -(-self.max_positions // self.cache.block_size)
+        with self._lock:
+            for is_prefill, sizes in ((False, batch_sizes), (True, prompt_lengths)):
+                for size in sizes:
+                    sequences = 1 if is_prefill else size
+                    zeros = torch.zeros(size, dtype=torch.int64, device=self.device)
+                    lengths = [size] if is_prefill else [1] * size
+                    arguments = (
+                        zeros,
+                        zeros,
+                        is_prefill,
+                        self.cache.pairs,
+                        torch.zeros(sequences, min(width, self.cache.num_blocks), dtype=torch.int32),
+                        zeros - 1,
+                        torch.tensor(lengths, dtype=torch.int32),
+                        max(lengths),
+                        zeros[:1] if is_prefill else None,
+                    )
+                    for _ in range(2):
+                        self.forward(*arguments)
+
     # ---- whole answers --------------------------------------------------------------------------------------
 
     @property

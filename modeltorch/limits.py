@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
 
 _READ_SAMPLE_BYTES = 250_000_000  # several times the caches; no power of two, which would put streams on one bank
+_GPU_READ_SAMPLE_BYTES = 2 * 2**30
 _TIMES_THE_CACHE = 4  # a step of so many times the last cache reads nearly all of it from memory
 
 
@@ -83,6 +84,7 @@ class ReadRate:
 
     def __post_init__(self) -> None:
         self._probe = torch.classes.ModelTorch.ReadProbe(_READ_SAMPLE_BYTES)
+        self._cache_bytes = last_level_cache()
 
     def sample(self) -> None:
         """Reads the sample once with every thread."""
@@ -94,9 +96,47 @@ class ReadRate:
 
     def limit(self, moved: int, seconds: float) -> Limit | None:
         """For a step that moves so many bytes in so much time; None where much of them may come from the caches."""
-        if moved < _TIMES_THE_CACHE * last_level_cache():
+        if moved < _TIMES_THE_CACHE * self._cache_bytes:
             return None
         return Limit(self.rate(), "GB/s", moved / seconds / 1e9 / self.rate())
+
+
+class GpuReadRate(ReadRate):
+    """The same for the memory of a GPU: the sum of a large tensor, in GPU time."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def __post_init__(self) -> None:
+        self._cache_bytes = 0
+
+    def sample(self) -> None:
+        """Reads the sample several times and keeps the fastest."""
+        memory = torch.randn(_GPU_READ_SAMPLE_BYTES // 4, device=self._device)
+        seconds = min(_gpu_seconds(memory.sum) for _ in range(5))
+        self.samples.append(_GPU_READ_SAMPLE_BYTES / seconds / 1e9)
+
+
+def _gpu_seconds(body: Callable[[], object]) -> float:
+    """Seconds that the GPU takes for what `body` launches."""
+    start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    start.record()
+    body()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def read_rate(device: torch.device) -> ReadRate | None:
+    """What measures how fast a device reads its memory; None where nothing does."""
+    return ReadRate() if device.type == "cpu" else GpuReadRate(device) if device.type == "cuda" else None
+
+
+def linear_rate(model: FlashQwen2ForCausalLM, rows: int) -> LinearRate | None:
+    """What measures how fast torch's own library multiplies on a model's device; None where nothing does."""
+    return LinearRate(model, rows) if model.device.type in ("cpu", "cuda") else None
 
 
 class LinearRate:
@@ -104,20 +144,29 @@ class LinearRate:
 
     def __init__(self, model: FlashQwen2ForCausalLM, rows: int) -> None:
         self._flops = 2 * rows * sum(n * k for n, k in _linear_shapes(model))
-        self._pairs = [
-            (torch.randn(rows, k).to(model.dtype), torch.randn(n, k).to(model.dtype)) for n, k in _linear_shapes(model)
-        ]
+        self._on_gpu = model.device.type == "cuda"
+
+        def normal(*sizes: int) -> torch.Tensor:
+            return torch.randn(*sizes, device=model.device).to(model.dtype)
+
+        self._pairs = [(normal(rows, k), normal(n, k)) for n, k in _linear_shapes(model)]
         self.samples: list[float] = []
 
     def sample(self) -> None:
         """Multiplies the linears of one layer, twice, and keeps the faster time."""
         seconds = []
         for _ in range(2):
+            if self._on_gpu:
+                seconds.append(_gpu_seconds(self._multiply))
+                continue
             start = time.perf_counter()
-            for x, weight in self._pairs:
-                torch.nn.functional.linear(x, weight)
+            self._multiply()
             seconds.append(time.perf_counter() - start)
         self.samples.append(self._flops / min(seconds) / 1e9)
+
+    def _multiply(self) -> None:
+        for x, weight in self._pairs:
+            torch.nn.functional.linear(x, weight)
 
     def limit(self, flops: int, seconds: float) -> Limit:
         """For a step of so many operations in so much time."""
