@@ -289,7 +289,7 @@ TEST(packed_weights_replace_theirs) {
          "slots");
   const auto& packer = *requests[0].packer;
   runner.bind_packed(requests[0],
-                     PackStore("").get(packer, runner.operation(0), {weight.view(), bias.view()}));
+                     PackStore("").get(packer, runner.operation(0), {weight.view(), bias.view()}, "two"));
   expect(!runner.reads_weight(0) && !runner.reads_weight(1) && runner.reads_weight(2), "what is still read");
   expect(runner.plan_count() == 0, "kernels hold packed forms: their plans go");
   runner.run({&input.view(), 1}, {&packed.view(), 1}, step_of(4), arena);

@@ -95,7 +95,8 @@ PackedInputs pack_inputs(const Operation& operation, const std::vector<const Ten
   PackedInputs result{nullptr, packer->replaces(operation, descs)};
   std::vector<TensorView> replaced;
   for (const size_t position : result.replaced) replaced.push_back(inputs[position]->view());
-  if (!replaced.empty()) result.packed = PackStore("").get(*packer, operation, replaced);
+  if (!replaced.empty())
+    result.packed = PackStore("").get(*packer, operation, replaced, contents_of(replaced));
   return result;
 }
 

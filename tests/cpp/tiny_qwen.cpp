@@ -152,7 +152,8 @@ void TinyQwen::set_up(Phase& phase, bool is_prefill) {
     std::vector<TensorView> replaced;
     for (const int32_t slot : request.slots) replaced.push_back(weight_views[slot]);
     phase.runner->bind_packed(
-        request, PackStore("").get(*request.packer, phase.runner->operation(request.node), replaced));
+        request, PackStore("").get(*request.packer, phase.runner->operation(request.node), replaced,
+                                   contents_of(replaced)));
   }
   phase.runner->bind_caches(cache_views);
 }
