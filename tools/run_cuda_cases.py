@@ -3,7 +3,8 @@
     compute-sanitizer --tool memcheck python tools/run_cuda_cases.py [WORD ...]
 
 Cases whose name holds one of the words run, and the model if it is named or no word is given; each is printed before it
-runs, so that the last line names what failed. are not compared with anything here; tests/test_operations.py and tests/test_cuda.py do that.
+runs, so that the last line names what failed. Results are not compared with anything here: tests/test_operations.py and
+tests/test_cuda.py do that.
 """
 
 from __future__ import annotations
