@@ -13,16 +13,8 @@ namespace {
 
 constexpr int kMaxRows = 128;
 // Deep enough that most of a block's weights are on their way before the kernel in front is done.
-#ifdef MODELTORCH_TUNE
-int tuned(const char* name, int otherwise) {
-  return getenv(name) ? atoi(getenv(name)) : otherwise;
-}
-const int kSharedBytes = tuned("MT_SMEM", 200) * 1024;
-const int kStageBytes = tuned("MT_STAGE", 16) * 1024;
-#else
 constexpr int kSharedBytes = 200 * 1024;
-constexpr int kStageBytes = 16 * 1024;  // of weights, about
-#endif
+constexpr int kStageBytes = 32 * 1024;  // of weights, about
 constexpr int kResidentBytes = 40 * 1024;
 constexpr int kDirectColumns = 20 * 256;
 
