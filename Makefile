@@ -35,9 +35,10 @@ test-ascend: $(ASCEND_VENV)/.built  ## device npu without an NPU, in every way t
 	@for mode in ATB_OPERATION_EXECUTE_ASYNC=0 ATB_OPERATION_EXECUTE_ASYNC=2 TASK_QUEUE_ENABLE=0 \
 	    ASCEND_LAUNCH_BLOCKING=1 "ATB_OPERATION_EXECUTE_ASYNC=2 PER_STREAM_QUEUE=1"; do \
 	  echo "== $$mode"; env $(ASCEND_ENV) ASCEND_HOST_FEW=1 $$mode \
-	    $(ASCEND_TEST) $(ASCEND_TESTS)/test_model.py $(ASCEND_TESTS)/test_faults.py || exit 1; done
+	    $(ASCEND_TEST) $(ASCEND_TESTS)/test_model.py $(ASCEND_TESTS)/test_streams.py \
+	    $(ASCEND_TESTS)/test_faults.py || exit 1; done
 	env $(ASCEND_ENV) ASCEND_HOST_FEW=1 ASCEND_HOST_SOC=Ascend310P3 $(ASCEND_TEST) $(ASCEND_TESTS)/test_model.py \
-	    $(ASCEND_TESTS)/test_operations_alone.py $(ASCEND_TESTS)/test_front_end.py
+	    $(ASCEND_TESTS)/test_streams.py $(ASCEND_TESTS)/test_operations_alone.py $(ASCEND_TESTS)/test_front_end.py
 
 sanitize: $(VENV)/.installed  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	PYTHON=$(BIN)/python tests/cpp/run.sh sanitize

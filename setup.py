@@ -19,6 +19,7 @@ Sources are all of csrc/**/*.cpp but those of devices that were not asked for, a
 device needs beyond that is decided here and nowhere else.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -142,6 +143,9 @@ def ascend_paths() -> tuple[list[str], list[str]]:
     spec = importlib.util.find_spec("torch_npu")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(f"MODELTORCH_ASCEND=1 needs torch_npu: pip install torch_npu=={TORCH_MINOR}.0")
+    found = importlib.metadata.version("torch_npu")
+    if not found.startswith(f"{TORCH_MINOR}."):
+        raise SystemExit(f"torch {torch.__version__} needs torch_npu {TORCH_MINOR}, found {found}: install that one")
     torch_npu = Path(spec.submodule_search_locations[0])
     home = os.environ.get("ATB_HOME_PATH")
     if not home:
@@ -152,7 +156,7 @@ def ascend_paths() -> tuple[list[str], list[str]]:
     vendor = Path(home)
     library_file = vendor / "lib" / "libatb.so"
     for needed in (vendor / "include" / "atb" / "atb_infer.h", library_file):
-        if not needed.exists():
+        if not needed.is_file():
             raise SystemExit(f"ATB_HOME_PATH is {home}, but {needed} does not exist: source the right set_env.sh")
     has_cxx11_abi = b"__cxx11" in library_file.read_bytes()
     if has_cxx11_abi != torch.compiled_with_cxx11_abi():

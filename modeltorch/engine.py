@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import operator
 from collections import deque
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modeltorch.sampling import sample
+from modeltorch.sampling import Sampler, Sampling, sampling_rows
 
 if TYPE_CHECKING:
     from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
@@ -45,7 +44,7 @@ class Request:
     prompt: list[int]
     max_new_tokens: int | None = None
     ignore_eos: bool = False
-    temperature: float = 0.0
+    sampling: Sampling = field(default_factory=Sampling)
     new_tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     finish_reason: str = ""
@@ -59,13 +58,6 @@ class Request:
     def limit(self) -> int:
         """Most tokens that the sequence may grow to."""
         return len(self.prompt) + (self.max_new_tokens or 0)
-
-
-def _temperatures(requests: Sequence[Request], device: torch.device) -> torch.Tensor | None:
-    """float32 [B], or None where every request is greedy."""
-    if not any(request.temperature > 0 for request in requests):
-        return None
-    return torch.tensor([request.temperature for request in requests], device=device)
 
 
 def _upload(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
@@ -111,7 +103,7 @@ class DecodeBatch:
         self._host_tables = torch.tensor(rows, dtype=torch.int32)
         ids = torch.tensor([request.new_tokens[-1] for request in requests])
         self.ids, self.tables = _upload((ids, self._host_tables), device)
-        self.temperatures = _temperatures(requests, device)
+        self.sampling = sampling_rows([request.sampling for request in requests], device)
         self.device = device
         self._step = _PLANNED_STEPS
         self._positions = self._slots = self._lengths = self.ids
@@ -167,13 +159,14 @@ class Engine:
     def __init__(self, model: FlashQwen2ForCausalLM) -> None:
         self.model = model
         self.cache = model.cache
+        self._sampler = Sampler()
 
     def check(self, request: Request) -> None:
         """Completes a request's limits and refuses one that can never run.
 
         Raises:
-            ValueError: an empty prompt, an id outside the vocabulary, limits or a temperature out of range, or a
-                length that exceeds the model's positions or the whole cache.
+            ValueError: an empty prompt, an id outside the vocabulary, limits out of range, or a length that exceeds
+                the model's positions or the whole cache.
         """
         prompt, model = request.prompt, self.model
         self._check_tokens(prompt)
@@ -187,8 +180,6 @@ class Engine:
             raise ValueError(f"max_new_tokens must be a whole number, got {request.max_new_tokens!r}") from None
         if request.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
-        if not isinstance(request.temperature, numbers.Real) or not 0.0 <= request.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or a positive number, got {request.temperature!r}")
         if request.max_new_tokens > room:
             raise ValueError(
                 f"a prompt of {len(prompt)} and {request.max_new_tokens} new tokens exceed the model's "
@@ -311,7 +302,8 @@ class Engine:
         """Runs the prompts of admitted requests in one step, with sampling; returns the new tokens, int64 [B]."""
         lengths = torch.tensor([len(request.prompt) for request in requests])
         logits = self._prefill_logits(requests, lengths.cumsum(0) - 1)
-        return sample(logits, _temperatures(requests, self.model.device))
+        rows = sampling_rows([request.sampling for request in requests], self.model.device)
+        return self._sampler.choose(logits, rows)
 
     def _decode(self, batch: DecodeBatch) -> None:
         tokens = self.decode_step(batch)
@@ -353,7 +345,7 @@ class Engine:
             0,
             host_lengths=batch.host_lengths,
         )
-        tokens = sample(logits, batch.temperatures)
+        tokens = self._sampler.choose(logits, batch.sampling)
         batch.advance(tokens)
         return tokens
 

@@ -8,23 +8,26 @@ compute_logits need no knowledge of steps.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import operator
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from modeltorch import checkpoint
+from modeltorch.configuration import check_config, rope_settings
 from modeltorch.engine import Engine, Generation, Request
 from modeltorch.paged_cache import DEFAULT_BLOCK_SIZE, PagedCache, free_memory
+from modeltorch.sampling import Sampling
 
 KvCache = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_POLL_SECONDS = 0.1  # between two looks at how far packing is
 _MIXED = 4  # packQuantType MIX_W8A8: with float linears it says only that q, k, v and gate, up are separate
 
 
@@ -41,15 +44,9 @@ def rope_tables(config: Any, head_size: int, dtype: torch.dtype) -> tuple[torch.
 
     Raises:
         NotImplementedError: rope scaling other than linear.
+        ValueError: a value that is not a number, or out of range.
     """
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear"):
-        raise NotImplementedError(f"rope scaling must be default or linear, got {kind}: others are not built")
-    theta = rope.get("rope_theta", getattr(config, "rope_theta", None)) or 10000.0
-    factor = rope.get("factor") if kind == "linear" else 1.0
-    if not isinstance(factor, (int, float)) or not 1.0 <= factor < math.inf:
-        raise ValueError(f"linear rope scaling needs a factor of at least 1, got {factor}")
+    theta, factor = rope_settings(config)
     exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
     inv_freq = (1.0 / theta**exponents) / factor
     angles = torch.arange(config.max_position_embeddings, dtype=torch.float32).unsqueeze(1) * inv_freq
@@ -62,17 +59,6 @@ def _checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
         if dtype in (name, known):
             return known
     raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype}")
-
-
-def _check_config(config: Any) -> None:
-    model_type = getattr(config, "model_type", "qwen2")
-    if model_type != "qwen2":
-        raise NotImplementedError(f"model_type must be qwen2, got {model_type}: other architectures are not built")
-    if getattr(config, "use_sliding_window", False):
-        raise NotImplementedError("use_sliding_window is true, which is not built; only full attention is")
-    activation = getattr(config, "hidden_act", "silu")
-    if activation != "silu":
-        raise NotImplementedError(f"hidden_act must be silu, got {activation}: others are not built")
 
 
 def _check_device(device: torch.device) -> None:
@@ -107,6 +93,7 @@ class FlashQwen2ForCausalLM:
         block_size: int = DEFAULT_BLOCK_SIZE,
         num_blocks: int | None = None,
         cache_gb: float | None = None,
+        packed_folder: Path | None = None,
     ) -> None:
         """Keeps the parts; the first step sets the objects up.
 
@@ -121,12 +108,13 @@ class FlashQwen2ForCausalLM:
             num_blocks: blocks of the cache; None takes cache_gb.
             cache_gb: GiB of the cache; None takes the smaller of 4 and a quarter of free memory, on a GPU three
                 quarters of its free memory.
+            packed_folder: where packed weights are kept from one process to the next; None: nowhere.
 
         Raises:
             ValueError: an unknown dtype, or sizes that contradict each other.
             NotImplementedError: an architecture, a feature or a device that is not built.
         """
-        _check_config(config)
+        check_config(config)
         self.config = config
         try:
             self.device = torch.device(device)
@@ -150,6 +138,7 @@ class FlashQwen2ForCausalLM:
         self.placeholder = torch.ones(1, dtype=self.dtype).to(self.device)
         self.ascend_weight: list[torch.Tensor] = []
         self._weights = weights
+        self._packed_folder = packed_folder
         self._bound_cache: list[torch.Tensor] = []
         self._cache_options = {"block_size": block_size, "num_blocks": num_blocks, "cache_gb": cache_gb}
         self._cache: PagedCache | None = None
@@ -166,6 +155,7 @@ class FlashQwen2ForCausalLM:
         block_size: int = DEFAULT_BLOCK_SIZE,
         num_blocks: int | None = None,
         cache_gb: float | None = None,
+        cache_packed: bool = False,
     ) -> FlashQwen2ForCausalLM:
         """Opens a Hugging Face checkpoint: config.json, safetensors, and a tokenizer if there is one.
 
@@ -178,6 +168,9 @@ class FlashQwen2ForCausalLM:
             block_size: see __init__.
             num_blocks: see __init__.
             cache_gb: see __init__.
+            cache_packed: keep the packed weights in the checkpoint's folder, in .modeltorch, and take them from there
+                the next time. Processes that run at once share their memory. The folder may be removed at any time; one
+                that cannot be written costs a warning.
 
         Raises:
             FileNotFoundError: no such checkpoint, or one with a file missing.
@@ -197,6 +190,7 @@ class FlashQwen2ForCausalLM:
             block_size=block_size,
             num_blocks=num_blocks,
             cache_gb=cache_gb,
+            packed_folder=folder.resolve() / ".modeltorch" if cache_packed else None,
         )
         model.init_ascend_weight()
         return model
@@ -225,6 +219,8 @@ class FlashQwen2ForCausalLM:
             "linearQuantType": [[0] * 7] * self.num_layers,
             "linearTransposeType": [[1] * 7] * self.num_layers,
         }
+        if self._packed_folder is not None:
+            parameters["packedWeightFolder"] = str(self._packed_folder)
         self.acl_encoder_operation = torch.classes.ModelTorch.ModelTorch("qwen_PAModel")
         self.acl_decoder_operation = torch.classes.ModelTorch.ModelTorch("qwen_PAModel")
         self.acl_encoder_operation.set_param(json.dumps({**parameters, "isPrefill": True, "supportLcoc": False}))
@@ -291,8 +287,9 @@ class FlashQwen2ForCausalLM:
     def init_ascend_weight(self) -> None:
         """Hands the weight list to both objects and keeps it."""
         self.ascend_weight = self.get_weights()
-        self.acl_encoder_operation.set_weight(self.ascend_weight)
-        self.acl_decoder_operation.set_weight(self.ascend_weight)
+        with _packing_shown(self.acl_encoder_operation.progress):
+            self.acl_encoder_operation.set_weight(self.ascend_weight)
+        self.acl_decoder_operation.set_weight(self.ascend_weight)  # shares what the first has packed
 
     def init_kvcache(self, kv_cache: KvCache) -> None:
         """Hands the caches to both objects, unless they hold these very tensors already.
@@ -496,6 +493,9 @@ class FlashQwen2ForCausalLM:
         max_new_tokens: int | None = None,
         ignore_eos: bool = False,
         temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
     ) -> list[Generation]:
         """Answers prompts with continuous batching: requests enter and leave the batch between steps.
 
@@ -503,18 +503,22 @@ class FlashQwen2ForCausalLM:
             prompts: texts or lists of token ids; a single text is a list of one.
             max_new_tokens: most tokens of an answer; None: 256, or what the model's positions and the cache leave.
             ignore_eos: go on to max_new_tokens.
-            temperature: 0 is greedy; otherwise tokens are drawn with torch's generator.
+            temperature: 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature).
+            top_k: draw among the k most probable tokens only; 0: among all.
+            top_p: draw among the most probable tokens that together reach this probability, after top_k.
+            seed: each prompt draws from a generator of this seed, so an answer does not depend on what else is in
+                the batch; None: torch's generator draws.
 
         Returns:
             One Generation a prompt, in order.
 
         Raises:
-            ValueError: an empty prompt, an id outside the vocabulary, or a request that can never fit the positions
-                of the model or the cache. Nothing has run then.
+            ValueError: an empty prompt, an id outside the vocabulary, a number out of range, or a request that can
+                never fit the positions of the model or the cache. Nothing has run then.
         """
         given: Sequence[str] | Sequence[Sequence[int]] = [prompts] if isinstance(prompts, (str, bytes)) else prompts
         requests = [
-            Request(self.encode(prompt), max_new_tokens, ignore_eos=ignore_eos, temperature=temperature)
+            Request(self.encode(prompt), max_new_tokens, ignore_eos, Sampling(temperature, top_k, top_p, seed))
             for prompt in given
         ]
         with self._lock:
@@ -558,3 +562,30 @@ def _with_progress(specs: list[dict[str, Any]]) -> Any:
     except ImportError:
         return specs
     return tqdm(specs, desc="weights", unit="tensor", disable=None, leave=False)
+
+
+@contextlib.contextmanager
+def _packing_shown(progress: Callable[[], float]) -> Iterator[None]:
+    """A second bar, for as long as an object packs its weights; `progress` tells the part that is done."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield
+        return
+    with tqdm(total=100, desc="packing", unit="%", disable=None, leave=False) as bar:
+        if bar.disable:
+            yield
+            return
+        done = threading.Event()
+
+        def show() -> None:
+            while not done.wait(_POLL_SECONDS):
+                bar.update(round(100 * progress()) - bar.n)
+
+        watcher = threading.Thread(target=show, name="packing", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()

@@ -2,23 +2,138 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import torch
 
+_MIN_TEMPERATURE = 1e-6
 
-def sample(logits: torch.Tensor, temperatures: torch.Tensor | None) -> torch.Tensor:
-    """One token a row.
 
-    Args:
-        logits: [batch, vocab], any float dtype.
-        temperatures: [batch] float32; a row of 0 is greedy. None: every row is greedy.
+@dataclass
+class Sampling:
+    """How the tokens of one request are chosen, and the generator of one that has a seed.
 
-    Returns:
-        int64 [batch].
+    Attributes:
+        temperature: 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature).
+        top_k: draw among the k most probable tokens only; 0: among all.
+        top_p: draw among the most probable tokens that together reach this probability, after top_k.
+        seed: the same seed draws the same tokens whatever else is in the batch; None: torch's generator draws.
+
+    Raises:
+        ValueError: a value out of range.
     """
-    greedy = logits.argmax(dim=-1)
-    if temperatures is None:
-        return greedy
-    safe = temperatures.clamp(min=1e-6).unsqueeze(1)
-    probabilities = torch.softmax(logits.float() / safe, dim=-1)
-    drawn = torch.multinomial(probabilities, num_samples=1).squeeze(1)
-    return torch.where(temperatures > 0, drawn, greedy)
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    generator: torch.Generator | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.temperature, numbers.Real) or not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 or a positive number, got {self.temperature!r}")
+        if not isinstance(self.top_p, numbers.Real) or not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
+        self.top_k = _whole_number("top_k", self.top_k, 0)
+        if self.seed is not None:
+            self.seed = _whole_number("seed", self.seed, 0)
+            self.generator = torch.Generator().manual_seed(self.seed)
+
+
+def _whole_number(name: str, value: int, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
+    if not least <= number < 2**63:
+        raise ValueError(f"{name} must be in [{least}, 2**63), got {number}")
+    return number
+
+
+class SamplingRows:
+    """The sampling of every row of a batch, as tensors on the device of the logits.
+
+    Attributes:
+        temperatures: float32 [B]; a row of 0 is greedy.
+        top_k: int64 [B], or None where no row has it.
+        top_p: float64 [B], or None where no row has it.
+    """
+
+    def __init__(self, samplings: Sequence[Sampling], device: torch.device) -> None:
+        self._samplings = list(samplings)
+        self._device = device
+        self.temperatures = torch.tensor([sampling.temperature for sampling in samplings], device=device)
+        self.top_k: torch.Tensor | None = None
+        self.top_p: torch.Tensor | None = None
+        if any(sampling.top_k > 0 for sampling in samplings):
+            self.top_k = torch.tensor([sampling.top_k or 2**63 - 1 for sampling in samplings], device=device)
+        if any(sampling.top_p < 1.0 for sampling in samplings):
+            top_p = [sampling.top_p if sampling.top_p < 1.0 else 2.0 for sampling in samplings]  # 2: no row reaches it
+            self.top_p = torch.tensor(top_p, dtype=torch.float64, device=device)
+
+    def uniforms(self) -> torch.Tensor:
+        """float64 [B, 1] in [0, 1): one number a row, from the row's own generator if it has one."""
+        drawn = torch.rand(len(self._samplings), 1, dtype=torch.float64)
+        for row, sampling in enumerate(self._samplings):
+            if sampling.generator is not None:
+                drawn[row] = torch.rand((), dtype=torch.float64, generator=sampling.generator)
+        return drawn.to(self._device, non_blocking=True)
+
+
+def sampling_rows(samplings: Sequence[Sampling], device: torch.device) -> SamplingRows | None:
+    """The rows of a batch; None where all of them are greedy."""
+    if all(sampling.temperature == 0.0 for sampling in samplings):
+        return None
+    return SamplingRows(samplings, device)
+
+
+class Sampler:
+    """Chooses one token a row, on the device of the logits."""
+
+    def __init__(self) -> None:
+        self._argmax = torch.classes.ModelTorch.Operation("ArgmaxRows", {})
+
+    def choose(self, logits: torch.Tensor, rows: SamplingRows | None) -> torch.Tensor:
+        """One token a row.
+
+        Args:
+            logits: [B, vocab], any float dtype.
+            rows: how each row is sampled; None: every row is greedy.
+
+        Returns:
+            int64 [B].
+        """
+        greedy = self._argmax.run([logits])[0] if logits.device.type == "cpu" else logits.argmax(dim=-1)
+        if rows is None:
+            return greedy
+        safe = rows.temperatures.clamp(min=_MIN_TEMPERATURE).unsqueeze(1)
+        probabilities = torch.softmax(logits.float() / safe, dim=-1)
+        if rows.top_k is None and rows.top_p is None:
+            drawn = _draw(probabilities, rows.uniforms())
+        else:
+            ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
+            drawn = tokens.gather(1, _draw(_most_probable(ordered, rows), rows.uniforms()))
+        return torch.where(rows.temperatures > 0, drawn.squeeze(1), greedy)
+
+
+def _most_probable(ordered: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """Probabilities [B, vocab] in falling order, with zeros for what top_k and top_p leave out."""
+    if rows.top_k is not None:
+        places = torch.arange(ordered.shape[1], device=ordered.device)
+        ordered = ordered.masked_fill(places >= rows.top_k.unsqueeze(1), 0.0)
+    if rows.top_p is not None:
+        sums = ordered.cumsum(dim=-1, dtype=torch.float64)
+        before = sums - ordered
+        ordered = ordered.masked_fill(before >= rows.top_p.unsqueeze(1) * sums[:, -1:], 0.0)
+    return ordered
+
+
+def _draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """One column a row, int64 [B, 1], with a probability in proportion to its weight: the inverse distribution."""
+    sums = weights.cumsum(dim=-1, dtype=torch.float64)
+    below_total = torch.nextafter(sums[:, -1:], torch.zeros_like(sums[:, -1:]))
+    places = torch.searchsorted(sums, torch.minimum(uniforms * sums[:, -1:], below_total), right=True)
+    return places.clamp(max=weights.shape[1] - 1)  # only NaN comes out above

@@ -126,6 +126,20 @@ def gather_cases() -> Iterator[Case]:
         yield Case("GatherRows", f"{rows} of {count}x{size}", make, lambda t: [t[0][t[1]]])
 
 
+def argmax_cases(sizes: list[tuple[int, int]], is_benchmark: bool) -> Iterator[Case]:
+    """ArgmaxRows with several equal largest elements a row, of which the first counts."""
+    for rows, size in sizes:
+
+        def make(generator, dtype, rows=rows, size=size):
+            return [_normal(generator, dtype, rows, size).mul(4).round().div(4)]
+
+        def first_largest(t: Tensors) -> Tensors:
+            is_largest = t[0] == t[0].amax(dim=1, keepdim=True)
+            return [is_largest.int().cumsum(dim=1).eq(0).sum(dim=1)]
+
+        yield Case("ArgmaxRows", f"{rows}x{size}", make, first_largest, is_benchmark=is_benchmark)
+
+
 def split_and_rope_cases(sizes: list[tuple[int, int, int, int]]) -> Iterator[Case]:
     """SplitQkv and Rope on n tokens of heads, kv_heads and head_size."""
     for n, heads, kv_heads, d in sizes:
@@ -351,8 +365,8 @@ def rope_attention_cases(sizes: list[tuple[list[int], int, int, int, int]], is_p
                 rows.append(_attend(q[index : index + 1], keys[picked], values[picked], scale))
             return [torch.cat(rows)]
 
-        phase = "paged" if is_paged else "whole"
-        label = f"{phase} {'+'.join(map(str, lengths))} bs{block_size} h{heads} kv{kv_heads} d{d}"
+        kind = "paged" if is_paged else "whole"
+        label = f"{kind} {'+'.join(map(str, lengths))} bs{block_size} h{heads} kv{kv_heads} d{d}"
         parameters = {"heads": heads, "kv_heads": kv_heads, "head_size": d, "scale": scale, "is_paged": is_paged}
         yield Case("RopeAttention", label, make, exact, parameters)
 
@@ -360,6 +374,8 @@ def rope_attention_cases(sizes: list[tuple[list[int], int, int, int, int]], is_p
 AWKWARD_CASES: list[Case] = [
     *norm_cases([(0, 8), (1, 1), (1, 15), (3, 16), (2, 77), (65, 896)], False),
     *linear_cases([(0, 4, 4), (1, 1, 1), (1, 65, 17), (3, 7, 130), (8, 96, 64), (9, 33, 48), (64, 130, 77)], False),
+    *linear_cases([(9, 34, 48), (65, 130, 78)], False),
+    *argmax_cases([(0, 3), (1, 1), (3, 7), (2, 16), (5, 515), (2, 9001)], False),
     *gather_cases(),
     *split_and_rope_cases([(0, 2, 1, 64), (1, 1, 1, 2), (5, 14, 2, 64), (3, 3, 3, 80), (17, 4, 1, 128), (2, 2, 2, 96)]),
     *self_attention_cases(
@@ -379,6 +395,8 @@ AWKWARD_CASES: list[Case] = [
             ([128, 129], 128, 7, 1, 80),
             ([300, 1, 2], 1, 3, 3, 128),
             ([70], 64, 70, 1, 96),
+            ([2049], 128, 7, 1, 64),
+            ([700], 16, 5, 1, 80),
         ],
         False,
     ),
@@ -409,6 +427,7 @@ BENCHMARK_CASES: list[Case] = [
     *norm_cases([(1, 896), (512, 896), (512, 4864)], True),
     *linear_cases([(m, n, k) for m in (1, 8, 128, 512) for n, k in ((1152, 896), (9728, 896), (896, 4864))], True),
     *linear_cases([(1, 151936, 896)], True),
+    *argmax_cases([(1, 151936), (8, 151936)], True),
     *self_attention_cases([([512], 14, 2, 64), ([2048], 14, 2, 64), ([512], 12, 2, 128)], True),
     *paged_attention_cases([([128], 128, 14, 2, 64), ([2048], 128, 14, 2, 64), ([2048] * 8, 128, 14, 2, 64)], True),
 ]

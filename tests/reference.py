@@ -30,7 +30,7 @@ class Shape:
     layers: int = 2
     hidden: int = 64
     intermediate: int = 96
-    vocab: int = 151
+    vocab: int = 152
     tied: bool = False
     max_positions: int = 512
 

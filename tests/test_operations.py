@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from operation_cases import AWKWARD_CASES, FUSED_CASES, Case
@@ -32,9 +34,26 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
     assert len(outputs) == len(exact)
     for output, expected in zip(outputs, exact, strict=True):
         assert output.shape == expected.shape
+        if not expected.is_floating_point():
+            assert torch.equal(output.cpu(), expected)
+            continue
         assert output.dtype == dtype
         if expected.numel() and expected.abs().max() > 0:
             assert relative_error(output.cpu(), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_argmax_follows_torch_on_what_is_not_finite(dtype: torch.dtype, device: str) -> None:
+    x = torch.randn(7, 700, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[1] = -math.inf
+    x[2, [600, 650]] = math.inf
+    x[3, [300, 310]] = math.nan
+    x[4, 699] = math.nan
+    x[5] = -x[5].abs() - 1
+    x[6, 695] = math.nan  # in the part of the row that fills no vector
+    output = torch.classes.ModelTorch.Operation("ArgmaxRows", {}).run([x.to(device)])[0]
+    assert output.tolist() == x.argmax(dim=1).tolist()
 
 
 def test_an_operation_can_run_again_with_other_shapes() -> None:
@@ -43,6 +62,16 @@ def test_an_operation_can_run_again_with_other_shapes() -> None:
         x = torch.randn(rows, size)
         expected = torch.nn.functional.rms_norm(x, (size,), eps=1e-6)
         torch.testing.assert_close(norm.run([x, torch.ones(size)])[0], expected)
+
+
+HEADS = {"heads": 2, "kv_heads": 2, "head_size": 4, "scale": 1.0}
+ROWS = [torch.zeros(2, 2, 4), torch.zeros(2, 2, 4)]
+QKV = [*ROWS, torch.zeros(2, 2, 4)]
+CACHES = [torch.zeros(2, 2, 2, 4), torch.zeros(2, 2, 2, 4)]
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +84,18 @@ def test_an_operation_can_run_again_with_other_shapes() -> None:
         ("RmsNorm", {"epsilon": 1e-6}, [torch.zeros(2, 4), torch.zeros(3)], r"gamma must be float32\[4\]"),
         ("RmsNorm", {"epsilon": 1e-6}, [torch.zeros(4, 2).t(), torch.zeros(4)], "contiguous"),
         ("SwiGlu", {}, [torch.zeros(1, 3)], "even number of columns"),
+        ("ArgmaxRows", {}, [torch.zeros(2, 0)], "at least one column"),
+        ("SplitQkv", {"heads": 2, "kv_heads": 0, "head_size": 4}, [torch.zeros(1, 8)], "kv_heads must be a whole"),
+        ("SelfAttention", {**HEADS, "heads": 3}, [], "heads must be a multiple of kv_heads, got 3 and 2"),
+        ("SelfAttention", {**HEADS, "head_size": 1.5}, [], r"head_size must be a whole number in .*, got 1.5"),
+        ("Linear", {"transposed": 1, "has_bias": 0, "parts": -1}, [], "parts must be a whole number"),
+        ("GatherRows", {}, [torch.zeros(4, 2), torch.tensor([0, 4])], r"indices holds 4 at 1, outside \[0, 4\)"),
+        ("GatherRows", {}, [torch.zeros(4, 2), torch.tensor([-1])], "indices holds -1"),
+        ("ReshapeAndCache", {}, [*ROWS, *CACHES, int32(4, -1)], r"slots holds 4 at 0, outside \[-1, 4\)"),
+        ("SelfAttention", HEADS, [*QKV, int32(3)], "seq_len"),
+        ("SelfAttention", HEADS, [*QKV, int32(1)], "add up to the 2 tokens"),
+        ("PagedAttention", HEADS, [QKV[0], *CACHES, int32(0, 1).view(2, 1), int32(2, 3)], "seq_len holds 3 at 1"),
+        ("PagedAttention", HEADS, [QKV[0], *CACHES, int32(0, 2).view(2, 1), int32(2, 1)], "block_tables holds 2"),
     ],
 )
 def test_bad_use_of_an_operation_is_told(name, parameters, inputs, message) -> None:

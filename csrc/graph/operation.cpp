@@ -1,5 +1,6 @@
 #include "graph/operation.h"
 
+#include <cmath>
 #include <mutex>
 
 #include "core/check.h"
@@ -23,6 +24,14 @@ double OperationParameters::number(const std::string& name) const {
   const auto found = values_.find(name);
   check(found != values_.end(), "parameter ", name, " is required and missing");
   return found->second;
+}
+
+int64_t OperationParameters::integer(const std::string& name, int64_t least) const {
+  constexpr double kMost = 1 << 20;
+  const double value = number(name);
+  check(value >= static_cast<double>(least) && value <= kMost && std::floor(value) == value, "parameter ",
+        name, " must be a whole number in [", least, ", ", static_cast<int64_t>(kMost), "], got ", value);
+  return static_cast<int64_t>(value);
 }
 
 bool register_operation(std::string_view name, OperationFactory factory) {

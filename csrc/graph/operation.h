@@ -22,6 +22,11 @@ class Operation {
 
   /// Checks the inputs and returns the description of every output. Throws Error naming expected and given.
   virtual std::vector<TensorDesc> infer_shape(const std::vector<TensorDesc>& inputs) const = 0;
+
+  /// Checks the indices that the inputs hold, which lie in host memory and passed infer_shape. Throws Error
+  /// naming the first one out of range. For callers who run an operation alone: a model checks its own
+  /// inputs.
+  virtual void check_indices(const std::vector<TensorView>&) const {}
 };
 
 using OperationPtr = std::shared_ptr<const Operation>;
@@ -33,7 +38,8 @@ class OperationParameters {
 
   /// Throws Error if the parameter was not given.
   double number(const std::string& name) const;
-  int64_t integer(const std::string& name) const { return static_cast<int64_t>(number(name)); }
+  /// Throws Error unless the parameter is a whole number of at least `least`.
+  int64_t integer(const std::string& name, int64_t least) const;
 
  private:
   std::map<std::string, double> values_;

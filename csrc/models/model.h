@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <ostream>
 #include <span>
@@ -62,6 +63,9 @@ class Model {
  public:
   virtual ~Model() = default;
 
+  /// A copy. set_weight tries the weights on one, so that the model stays whole if anything throws.
+  virtual std::unique_ptr<Model> clone() const = 0;
+
   /// The name in errors and logs.
   virtual std::string name() const = 0;
 
@@ -80,6 +84,9 @@ class Model {
 
   /// Checks the caches and remembers their sizes. May come before or after accept_weights.
   virtual void accept_caches(std::span<const GivenTensor> keys, std::span<const GivenTensor> values) = 0;
+
+  /// The folder that the caller lets packed weights be kept in (graph/pack_store.h), or "".
+  virtual std::string packed_weight_folder() const { return ""; }
 
   /// The device that the weights lie on.
   virtual Device device() const = 0;

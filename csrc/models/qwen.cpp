@@ -38,6 +38,7 @@ class QwenModel : public Model {
   QwenModel(DecoderParameters parameters, const InputOrder& order)
       : parameters_(std::move(parameters)), order_(order), weights_(parameters_.shape) {}
 
+  std::unique_ptr<Model> clone() const override { return std::make_unique<QwenModel>(*this); }
   std::string name() const override {
     return parameters_.is_prefill ? "DecoderModel_Prefill" : "DecoderModel_Decoder";
   }
@@ -46,6 +47,7 @@ class QwenModel : public Model {
   void accept_weights(std::span<const GivenTensor> weights) override;
   int64_t cache_count() const override { return parameters_.shape.layers; }
   void accept_caches(std::span<const GivenTensor> keys, std::span<const GivenTensor> values) override;
+  std::string packed_weight_folder() const override { return parameters_.packed_weight_folder; }
   Device device() const override { return resolved_->device; }
   Graph build_graph() const override;
   std::vector<Rows> input_rows() const override { return decoder_input_rows(); }

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "core/check.h"
 #include "graph/operation.h"
 
 namespace modeltorch {
@@ -18,10 +19,13 @@ struct AttentionShape {
 
 /// The shape of an attention operation that is made by name.
 inline AttentionShape attention_shape(const OperationParameters& parameters) {
-  return {.heads = parameters.integer("heads"),
-          .kv_heads = parameters.integer("kv_heads"),
-          .head_size = parameters.integer("head_size"),
-          .scale = static_cast<float>(parameters.number("scale"))};
+  const AttentionShape shape{.heads = parameters.integer("heads", 1),
+                             .kv_heads = parameters.integer("kv_heads", 1),
+                             .head_size = parameters.integer("head_size", 1),
+                             .scale = static_cast<float>(parameters.number("scale"))};
+  check(shape.heads % shape.kv_heads == 0, "parameter heads must be a multiple of kv_heads, got ",
+        shape.heads, " and ", shape.kv_heads);
+  return shape;
 }
 
 }  // namespace modeltorch

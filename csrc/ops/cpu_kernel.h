@@ -16,10 +16,9 @@ struct CpuFunctions {
   void (*float16)(const Op& op, const KernelArgs& args);
 };
 
-/// The element type that a CPU kernel computes in: that of its first output, or of its first input if it has
-/// none.
+/// The element type that a CPU kernel computes in: that of its first input.
 inline DType compute_dtype(const KernelSetup& setup) {
-  const DType dtype = setup.outputs.empty() ? setup.inputs[0].dtype : setup.outputs[0].dtype;
+  const DType dtype = setup.inputs[0].dtype;
   if (dtype != DType::kFloat32 && dtype != DType::kBFloat16 && dtype != DType::kFloat16) {
     fail(ErrorKind::kNotImplemented, "the CPU computes in float32, bfloat16 or float16, got ", dtype);
   }

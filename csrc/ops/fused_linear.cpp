@@ -101,13 +101,13 @@ bool fuse_linears(Graph& graph) {
 const bool fusion_registered = register_fusion(FusedLinear::kName, fuse_linears, 1);
 const bool known =
     register_operation(FusedLinear::kName, [](const OperationParameters& parameters) -> OperationPtr {
-      const LinearPart part{parameters.integer("transposed") != 0, parameters.integer("has_bias") != 0};
-      const auto count = static_cast<size_t>(parameters.integer("parts"));
+      const LinearPart part{parameters.integer("transposed", 0) != 0, parameters.integer("has_bias", 0) != 0};
+      const auto count = static_cast<size_t>(parameters.integer("parts", 1));
       auto made = std::make_shared<FusedLinear>(std::vector<LinearPart>(count, part));
-      made->has_norm = parameters.integer("has_norm") != 0;
+      made->has_norm = parameters.integer("has_norm", 0) != 0;
       made->epsilon = static_cast<float>(parameters.number("epsilon"));
-      made->swiglu = parameters.integer("swiglu") != 0;
-      made->has_residual = parameters.integer("has_residual") != 0;
+      made->swiglu = parameters.integer("swiglu", 0) != 0;
+      made->has_residual = parameters.integer("has_residual", 0) != 0;
       return made;
     });
 

@@ -17,6 +17,10 @@ std::vector<TensorDesc> GatherRows::infer_shape(const std::vector<TensorDesc>& i
   return {{inputs[0].dtype, {inputs[1].dims[0], inputs[0].dims[1]}, inputs[1].rows}};
 }
 
+void GatherRows::check_indices(const std::vector<TensorView>& inputs) const {
+  check_range("indices", inputs[1].as<int64_t>(), inputs[1].dims[0], 0, inputs[0].dims[0]);
+}
+
 Value gather_rows(GraphBuilder& graph, std::string_view name, Value table, Value indices) {
   return graph.add(name, std::make_shared<GatherRows>(), {table, indices})[0];
 }
@@ -70,8 +74,9 @@ std::unique_ptr<Kernel> make(const KernelSetup& setup) {
 
 const bool registered = register_kernel(GatherRows::kName, DeviceType::kCpu, make);
 const bool packer_registered = register_packer(
-    GatherRows::kName, DeviceType::kCpu,
-    {replaced_by_panels, [](const Operation&) { return std::string(kPlainPanelFormat); }, nullptr});
+    GatherRows::kName, DeviceType::kCpu, {.replaces = replaced_by_panels, .format = [](const Operation&) {
+                                            return std::string(kPlainPanelFormat);
+                                          }});
 const bool known = register_operation(GatherRows::kName, [](const OperationParameters&) -> OperationPtr {
   return std::make_shared<GatherRows>();
 });

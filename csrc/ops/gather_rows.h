@@ -17,6 +17,7 @@ struct GatherRows final : Operation {
 
   std::string_view name() const override { return kName; }
   std::vector<TensorDesc> infer_shape(const std::vector<TensorDesc>& inputs) const override;
+  void check_indices(const std::vector<TensorView>& inputs) const override;
 };
 
 /// `name` is the node's name, since this operation serves several purposes.

@@ -7,14 +7,14 @@ namespace {
 /// Linear as one vendor Linear a part, joined by vendor Concats (of two tensors each) if there are several
 /// parts.
 ///
-/// | vendor tensor        | ours | shape              | dtype      | note |
-/// |----------------------|------|--------------------|------------|------------------------------------------|
-/// | Linear in 0          | x    | [rows, k]          | fp16, bf16 | | | Linear in 1          | w_i  | [n_i,
-/// k], [k, n_i] | as x       | ND or FRACTAL_NZ; transposeB for [n_i, k] | | Linear in 2          | bias_i |
-/// [n_i]            | as x       | with hasBias alone                       | | Linear out 0         |      |
-/// [rows, n_i]        | as x       | y itself if there is one part            | | Concat in 0, in 1    | |
-/// [rows, ..]         | as x       | concatDim 1: the parts so far, the next part | | Concat out 0         |
-/// | [rows, ..]         | as x       | y for the last one                       |
+/// | vendor            | ours   | shape                | dtype      | note                           |
+/// |-------------------|--------|----------------------|------------|--------------------------------|
+/// | Linear in 0       | x      | [rows, k]            | fp16, bf16 |                                |
+/// | Linear in 1       | w_i    | [n_i, k] or [k, n_i] | as x       | ND or NZ; transposeB: [n_i, k] |
+/// | Linear in 2       | bias_i | [n_i]                | as x       | with hasBias alone             |
+/// | Linear out 0      |        | [rows, n_i]          | as x       | y itself if there is one part  |
+/// | Concat in 0, in 1 |        | [rows, ..]           | as x       | parts so far, next part        |
+/// | Concat out 0      |        | [rows, ..]           | as x       | y for the last one             |
 class LinearNpu final : public NpuKernel {
  public:
   LinearNpu(const KernelSetup& setup, const Linear& op) : NpuKernel(setup), parts_(op.parts) {

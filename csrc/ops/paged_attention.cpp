@@ -25,6 +25,17 @@ std::vector<TensorDesc> PagedAttention::infer_shape(const std::vector<TensorDesc
   return {{q.dtype, {batch, shape.heads * shape.head_size}, q.rows}};
 }
 
+void PagedAttention::check_indices(const std::vector<TensorView>& inputs) const {
+  const int64_t block_size = inputs[1].dims[1];
+  const int64_t width = inputs[3].dims[1];
+  const auto* lengths = inputs[4].as<int32_t>();
+  check_range("seq_len", lengths, inputs[4].dims[0], 0, width * block_size + 1);
+  for (int64_t sequence = 0; sequence < inputs[4].dims[0]; ++sequence) {
+    const int64_t used = (lengths[sequence] + block_size - 1) / block_size;
+    check_range("block_tables", inputs[3].as<int32_t>() + sequence * width, used, 0, inputs[1].dims[0]);
+  }
+}
+
 Value paged_attention(GraphBuilder& graph, Value q, Value k_cache, Value v_cache, Value block_tables,
                       Value seq_len, const AttentionShape& shape) {
   return graph.add("paged_attention", std::make_shared<PagedAttention>(shape),

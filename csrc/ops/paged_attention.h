@@ -26,6 +26,7 @@ struct PagedAttention final : Operation {
   explicit PagedAttention(const AttentionShape& shape) : shape(shape) {}
   std::string_view name() const override { return kName; }
   std::vector<TensorDesc> infer_shape(const std::vector<TensorDesc>& inputs) const override;
+  void check_indices(const std::vector<TensorView>& inputs) const override;
 };
 
 Value paged_attention(GraphBuilder& graph, Value q, Value k_cache, Value v_cache, Value block_tables,

@@ -6,13 +6,14 @@ namespace {
 
 /// PagedAttention as the vendor's operation of the same name, without a mask.
 ///
-/// | vendor tensor | ours             | shape                                     | dtype      | note |
-/// |---------------|------------------|-------------------------------------------|------------|--------------|
-/// | in 0, out 0   | q, out           | [B, heads, head_size]                     | fp16, bf16 | out is [B,
-/// heads * head_size] here | | in 1, in 2    | k_cache, v_cache | [blocks, block_size, kv_heads, head_size] |
-/// as q       |              | | in 3          | block_tables     | [B, width] | int32      |              |
-/// | in 4          | seq_len          | [B]                                       | int32      | hostData too
-/// |
+/// A cache is [blocks, block_size, kv_heads, head_size].
+///
+/// | vendor      | ours             | shape                 | dtype      | note           |
+/// |-------------|------------------|-----------------------|------------|----------------|
+/// | in 0, out 0 | q, out           | [B, heads, head_size] | fp16, bf16 | out flat here  |
+/// | in 1, in 2  | k_cache, v_cache | a cache               | as q       |                |
+/// | in 3        | block_tables     | [B, width]            | int32      |                |
+/// | in 4        | seq_len          | [B]                   | int32      | hostData too   |
 class PagedAttentionNpu final : public NpuKernel {
  public:
   PagedAttentionNpu(const KernelSetup& setup, const PagedAttention& op) : NpuKernel(setup), shape_(op.shape) {

@@ -130,6 +130,7 @@ void PanelPagedAttention::join(const KernelArgs& args, int64_t task, float* stat
     const State total(states, shape_);
     for (int64_t part = 1; part < parts; ++part) {
       const State other(states + part * state_floats(), shape_);
+      if (other.sums[row] == 0.0f) continue;  // no keys
       const float largest = std::max(total.maxima[row], other.maxima[row]);
       const float mine = std::exp(total.maxima[row] - largest);
       const float theirs = std::exp(other.maxima[row] - largest);
@@ -138,7 +139,8 @@ void PanelPagedAttention::join(const KernelArgs& args, int64_t task, float* stat
       for (int64_t i = row * d; i < (row + 1) * d; ++i)
         total.out[i] = total.out[i] * mine + other.out[i] * theirs;
     }
-    panel_kernels()->scale_to_bfloat16(total.out + row * d, 1.0f / total.sums[row], d, out + row * d);
+    const float scale = total.sums[row] > 0.0f ? 1.0f / total.sums[row] : 0.0f;
+    panel_kernels()->scale_to_bfloat16(total.out + row * d, scale, d, out + row * d);
   }
 }
 

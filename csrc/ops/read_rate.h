@@ -7,11 +7,11 @@
 
 namespace modeltorch {
 
-/// Memory that is read from end to end to see how fast this machine can: no step that reads as much is
-/// faster.
+/// Memory that is read from end to end to see how fast this machine does it.
 class ReadProbe {
  public:
-  explicit ReadProbe(size_t bytes);
+  /// Throws Error for fewer than 1 byte or more than a terabyte; rounds up to whole lines of the cache.
+  explicit ReadProbe(int64_t bytes);
 
   size_t bytes() const { return buffer_.bytes(); }
 

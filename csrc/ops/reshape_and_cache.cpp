@@ -21,6 +21,11 @@ std::vector<TensorDesc> ReshapeAndCache::infer_shape(const std::vector<TensorDes
   return {};
 }
 
+void ReshapeAndCache::check_indices(const std::vector<TensorView>& inputs) const {
+  const Dims& cache = inputs[2].dims;
+  check_range("slots", inputs[4].as<int32_t>(), inputs[4].dims[0], -1, cache[0] * cache[1]);
+}
+
 void reshape_and_cache(GraphBuilder& graph, Value k, Value v, Value k_cache, Value v_cache, Value slots) {
   graph.add("reshape_and_cache", std::make_shared<ReshapeAndCache>(), {k, v, k_cache, v_cache, slots});
 }

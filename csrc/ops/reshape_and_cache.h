@@ -20,6 +20,7 @@ struct ReshapeAndCache final : Operation {
   std::string_view name() const override { return kName; }
   int output_count() const override { return 0; }
   std::vector<TensorDesc> infer_shape(const std::vector<TensorDesc>& inputs) const override;
+  void check_indices(const std::vector<TensorView>& inputs) const override;
 };
 
 void reshape_and_cache(GraphBuilder& graph, Value k, Value v, Value k_cache, Value v_cache, Value slots);

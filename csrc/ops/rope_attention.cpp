@@ -112,7 +112,7 @@ const bool fusion_registered = register_fusion(RopeAttention::kName, fuse_rope_a
 const bool known =
     register_operation(RopeAttention::kName, [](const OperationParameters& parameters) -> OperationPtr {
       return std::make_shared<RopeAttention>(attention_shape(parameters),
-                                             parameters.integer("is_paged") != 0);
+                                             parameters.integer("is_paged", 0) != 0);
     });
 
 }  // namespace

@@ -63,6 +63,8 @@ struct RowKernels {
   void (*linear_nk)(const SmallLinear<T>& args, int64_t begin, int64_t end);
   /// Columns [begin, end) of a SmallLinear whose weight is [k, n].
   void (*linear_kn)(const SmallLinear<T>& args, int64_t begin, int64_t end);
+  /// The first index of the largest of n > 0 elements; of the first NaN if there is one.
+  int64_t (*argmax)(const T* x, int64_t n);
   /// out[i] = x[i] * scale as float32.
   void (*scale_to_float)(const T* x, float scale, int64_t n, float* out);
   /// Lets every row of `state` attend to the keys of `run`.

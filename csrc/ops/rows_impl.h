@@ -192,6 +192,51 @@ static void linear_kn(const SmallLinear<T>& args, int64_t begin, int64_t end) {
   for (; column < end; column += kLanes) linear_kn_columns<1>(args, column, smaller(kLanes, end - column));
 }
 
+// The first of n elements that equals `value`, or that is NaN if `value` is; n if there is none.
+template <class T>
+static inline int64_t find(const T* x, int64_t n, float value) {
+  int64_t i = 0;
+  for (; i < n; ++i) {
+    const float element = get(x + i);
+    if (element == value || (element != element && value != value)) break;
+  }
+  return i;
+}
+
+// Finds the block of the largest element first, and then its place: the loop over all elements keeps no
+// indices.
+template <class T>
+static int64_t argmax(const T* x, int64_t n) {
+  constexpr int64_t kBlock = 32 * kLanes;
+  float best = -__builtin_inff();
+  int64_t best_block = 0;
+  for (int64_t block = 0; block < n; block += kBlock) {
+    const int64_t count = smaller(kBlock, n - block);
+    Vec top = splat(-__builtin_inff());
+    VecInt is_nan{};
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      const Vec v = load(x + block + i);
+      top = max_of(v, top);
+      is_nan |= v != v;
+    }
+    float largest = max_lane(top);
+    bool has_nan = false;
+    for (; i < count; ++i) {
+      const float element = get(x + block + i);
+      largest = element > largest ? element : largest;
+      has_nan = has_nan || element != element;
+    }
+    for (int64_t lane = 0; lane < kLanes; ++lane) has_nan = has_nan || is_nan[lane] != 0;
+    if (has_nan) return block + find(x + block, count, __builtin_nanf(""));
+    if (largest > best) {
+      best = largest;
+      best_block = block;
+    }
+  }
+  return best_block + find(x + best_block, smaller(kBlock, n - best_block), best);
+}
+
 template <class T>
 static void scale_to_float(const T* x, float scale, int64_t n, float* out) {
   each_vector(
@@ -321,8 +366,8 @@ static void finish_attention(const AttentionState& state, int64_t row, T* y) {
 
 template <class T>
 extern const RowKernels<T> kRowKernels = {
-    rms_norm<T>,       add<T>,    swiglu<T>,           rope<T>, linear_nk<T>, linear_kn<T>,
-    scale_to_float<T>, attend<T>, finish_attention<T>,
+    rms_norm<T>,  add<T>,    swiglu<T>,         rope<T>,   linear_nk<T>,
+    linear_kn<T>, argmax<T>, scale_to_float<T>, attend<T>, finish_attention<T>,
 };
 
 template const RowKernels<float> kRowKernels<float>;

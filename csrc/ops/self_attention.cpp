@@ -1,5 +1,7 @@
 #include "ops/self_attention.h"
 
+#include <numeric>
+
 #include <algorithm>
 
 #include "ops/attention.h"
@@ -19,6 +21,15 @@ std::vector<TensorDesc> SelfAttention::infer_shape(const std::vector<TensorDesc>
   check_rank("seq_len", inputs[3], 1);
   check(inputs[3].dtype == DType::kInt32, "seq_len must be int32, got ", inputs[3]);
   return {{q.dtype, {n, shape.heads * shape.head_size}, q.rows}};
+}
+
+void SelfAttention::check_indices(const std::vector<TensorView>& inputs) const {
+  const auto* lengths = inputs[3].as<int32_t>();
+  const int64_t sequences = inputs[3].dims[0];
+  const int64_t tokens = inputs[0].dims[0];
+  check_range("seq_len", lengths, sequences, 0, tokens + 1);
+  const int64_t sum = std::accumulate(lengths, lengths + sequences, int64_t{0});
+  check(sum == tokens, "seq_len must add up to the ", tokens, " tokens of q, got ", sum);
 }
 
 Value self_attention(GraphBuilder& graph, Value q, Value k, Value v, Value seq_len,

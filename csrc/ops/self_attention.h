@@ -26,6 +26,7 @@ struct SelfAttention final : Operation {
   explicit SelfAttention(const AttentionShape& shape) : shape(shape) {}
   std::string_view name() const override { return kName; }
   std::vector<TensorDesc> infer_shape(const std::vector<TensorDesc>& inputs) const override;
+  void check_indices(const std::vector<TensorView>& inputs) const override;
 };
 
 Value self_attention(GraphBuilder& graph, Value q, Value k, Value v, Value seq_len,

@@ -7,12 +7,12 @@ namespace {
 /// SelfAttention as the vendor's operation of the same name: calcType PA_ENCODER, maskType NORM,
 /// isTriuMask 1.
 ///
-/// | vendor tensor | ours    | shape                    | dtype      | note |
-/// |---------------|---------|--------------------------|------------|------------------------------------------|
-/// | in 0, out 0   | q, out  | [n, heads, head_size]    | fp16, bf16 | out is [n, heads * head_size] here |
-/// | in 1, in 2    | k, v    | [n, kv_heads, head_size] | as q       | | | in 3          |         | [128,
-/// 128]               | as q       | the session's mask; tiled on older chips | | in 4          | seq_len |
-/// [B]                      | int32      | hostData too                             |
+/// | vendor      | ours    | shape                    | dtype      | note               |
+/// |-------------|---------|--------------------------|------------|--------------------|
+/// | in 0, out 0 | q, out  | [n, heads, head_size]    | fp16, bf16 | out flat here      |
+/// | in 1, in 2  | k, v    | [n, kv_heads, head_size] | as q       |                    |
+/// | in 3        |         | [128, 128]               | as q       | the session's mask |
+/// | in 4        | seq_len | [B]                      | int32      | hostData too       |
 class SelfAttentionNpu final : public NpuKernel {
  public:
   SelfAttentionNpu(const KernelSetup& setup, const SelfAttention& op)

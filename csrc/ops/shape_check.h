@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <string_view>
 #include <vector>
 
@@ -22,6 +23,15 @@ inline void check_rank(std::string_view tensor, const TensorDesc& desc, int rank
 inline void check_tensor(std::string_view tensor, const TensorDesc& desc, const Dims& dims, DType dtype) {
   check(desc.dims == dims && desc.dtype == dtype, tensor, " must be ", TensorDesc{dtype, dims}, ", got ",
         desc);
+}
+
+/// Throws unless every one of `count` indices is in [low, high).
+template <class T>
+void check_range(std::string_view tensor, const T* indices, int64_t count, int64_t low, int64_t high) {
+  for (int64_t at = 0; at < count; ++at) {
+    check(indices[at] >= low && indices[at] < high, tensor, " holds ", indices[at], " at ", at, ", outside [",
+          low, ", ", high, ")");
+  }
 }
 
 }  // namespace modeltorch

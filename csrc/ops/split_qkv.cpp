@@ -45,8 +45,8 @@ constexpr CpuFunctions<SplitQkv> kFunctions{run<float>, run<BFloat16>, run<Float
 const bool registered = register_cpu<SplitQkv, kFunctions>();
 const bool known =
     register_operation(SplitQkv::kName, [](const OperationParameters& parameters) -> OperationPtr {
-      return std::make_shared<SplitQkv>(parameters.integer("heads"), parameters.integer("kv_heads"),
-                                        parameters.integer("head_size"));
+      return std::make_shared<SplitQkv>(parameters.integer("heads", 1), parameters.integer("kv_heads", 1),
+                                        parameters.integer("head_size", 1));
     });
 
 }  // namespace

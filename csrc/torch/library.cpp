@@ -3,7 +3,9 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <chrono>
+#include <optional>
 
 #include "core/cpu_level.h"
 #include "graph/kernel.h"
@@ -18,17 +20,19 @@ namespace {
 /// torch.classes.ModelTorch.ReadProbe(bytes): seconds() reads so much memory once, with every thread.
 class ReadProbeObject final : public torch::CustomClassHolder {
  public:
-  explicit ReadProbeObject(int64_t bytes) : probe_(static_cast<size_t>(bytes)) {}
+  explicit ReadProbeObject(int64_t bytes) {
+    translate_errors("ReadProbe", [&] { probe_.emplace(bytes); });
+  }
 
   double seconds() {
     const auto start = std::chrono::steady_clock::now();
-    checksum_ += probe_.read();
+    checksum_.fetch_add(probe_->read(), std::memory_order_relaxed);
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
 
  private:
-  ReadProbe probe_;
-  uint64_t checksum_ = 0;
+  std::optional<ReadProbe> probe_;
+  std::atomic<uint64_t> checksum_{0};
 };
 
 TORCH_LIBRARY(ModelTorch, library) {

@@ -76,28 +76,47 @@ int64_t ModelObject::set_param(const std::string& parameters) {
 int64_t ModelObject::set_weight(const std::vector<at::Tensor>& weights) {
   return guarded("set_weight", [&]() -> int64_t {
     settle();
-    Model& target = model();
-    check(static_cast<int64_t>(weights.size()) == target.weight_count(), "the weight list must have ",
-          target.weight_count(), " tensors, got ", weights.size());
-    std::vector<at::Tensor> held;
-    held.reserve(weights.size());
-    for (const at::Tensor& weight : weights) {
-      check(weight.defined(), "weight ", held.size(), " is an undefined tensor");
-      held.push_back(weight.layout() == at::kStrided ? weight.resolve_neg().contiguous() : weight);
+    check(static_cast<int64_t>(weights.size()) == model().weight_count(), "the weight list must have ",
+          model().weight_count(), " tensors, got ", weights.size());
+    const double progress_before = progress_;
+    try {
+      state_ = with_weights(weights);
+    } catch (...) {
+      progress_ = progress_before;
+      throw;
     }
-    const std::vector<GivenTensor> given = describe(held);
-    target.accept_weights(given);
-    const c10::OptionalDeviceGuard on_device(current_device_for(target.device()));
-    progress_ = 0.0;
-    state_.runner = std::make_unique<GraphRunner>(target.build_graph(), target.input_rows(), target.device());
-    state_.runner->bind_weights(views_of(given));
-    pack_weights(*state_.runner, held, [this](double part) { progress_ = part; });
-    state_.arena = std::make_unique<TensorArena>(target.device());
-    state_.weights = std::move(held);
-    bind_caches();
     progress_ = 1.0;
     return 0;
   });
+}
+
+// Everything is made beside the present state, which stays whole if something throws.
+ModelObject::State ModelObject::with_weights(const std::vector<at::Tensor>& weights) {
+  std::vector<at::Tensor> held;
+  held.reserve(weights.size());
+  for (const at::Tensor& weight : weights) {
+    check(weight.defined(), "weight ", held.size(), " is an undefined tensor");
+    held.push_back(weight.layout() == at::kStrided ? weight.resolve_neg().contiguous() : weight);
+  }
+  State fresh;
+  fresh.model = state_.model->clone();
+  fresh.keys = state_.keys;
+  fresh.values = state_.values;
+  const std::vector<GivenTensor> given = describe(held);
+  fresh.model->accept_weights(given);
+  const Device device = fresh.model->device();
+  const c10::OptionalDeviceGuard on_device(current_device_for(device));
+  progress_ = 0.0;
+  fresh.runner = std::make_unique<GraphRunner>(fresh.model->build_graph(), fresh.model->input_rows(), device);
+  fresh.runner->bind_weights(views_of(given));
+  PackStore store(fresh.model->packed_weight_folder());
+  pack_weights(*fresh.runner, held, store, [this](double part) { progress_ = part; });
+  fresh.packed_files_read = store.files_read();
+  fresh.packed_files_written = store.files_written();
+  fresh.arena = std::make_unique<TensorArena>(device);
+  fresh.weights = std::move(held);
+  bind_caches(fresh);
+  return fresh;
 }
 
 int64_t ModelObject::set_kv_cache(const std::vector<at::Tensor>& keys,
@@ -113,19 +132,19 @@ int64_t ModelObject::set_kv_cache(const std::vector<at::Tensor>& keys,
     if (expected > 0) target.accept_caches(given_keys, given_values);
     state_.keys = keys;
     state_.values = values;
-    bind_caches();
+    bind_caches(state_);
     return 0;
   });
 }
 
-void ModelObject::bind_caches() {
-  if (!state_.runner) return;
+void ModelObject::bind_caches(State& state) {
+  if (!state.runner) return;
   std::vector<TensorView> caches;
-  for (size_t layer = 0; layer < state_.keys.size(); ++layer) {
-    caches.push_back(describe(state_.keys[layer]).view);
-    caches.push_back(describe(state_.values[layer]).view);
+  for (size_t layer = 0; layer < state.keys.size(); ++layer) {
+    caches.push_back(describe(state.keys[layer]).view);
+    caches.push_back(describe(state.values[layer]).view);
   }
-  state_.runner->bind_caches(std::move(caches));
+  state.runner->bind_caches(std::move(caches));
 }
 
 Step ModelObject::prepare(const std::vector<at::Tensor>& inputs, const std::string& parameters) {
@@ -188,6 +207,14 @@ int64_t ModelObject::set_format_to_nz(int64_t slot) {
     if (target.device().type != DeviceType::kNpu) {
       fail(ErrorKind::kNotImplemented, "only weights on Ascend have formats, these are on ", target.device());
     }
+    const at::Tensor& weight = state_.weights[static_cast<size_t>(slot)];
+    check(weight.dim() == 2, "weight ", slot, " must be a matrix to lie in tiles, got ",
+          describe(weight).view);
+    const int64_t tiles = (weight.size(0) + 15) / 16 * ((weight.size(1) + 15) / 16);
+    const auto bytes = static_cast<int64_t>(weight.storage().nbytes()) -
+                       weight.storage_offset() * static_cast<int64_t>(weight.element_size());
+    check(bytes >= tiles * 256 * static_cast<int64_t>(weight.element_size()), "weight ", slot, ", ",
+          describe(weight).view, ", has memory for ", bytes, " bytes: too few for tiles of 16 x 16");
     state_.runner->set_weight_format(static_cast<size_t>(slot), Format::kFractalNz);
     return 0;
   });
@@ -213,6 +240,8 @@ c10::Dict<std::string, int64_t> ModelObject::counters() {
     result.insert("plans_evicted", counts.plans_evicted);
     result.insert("plans", state_.runner ? static_cast<int64_t>(state_.runner->plan_count()) : 0);
     result.insert("arena_allocations", state_.arena ? state_.arena->allocations() : 0);
+    result.insert("packed_files_read", state_.packed_files_read);
+    result.insert("packed_files_written", state_.packed_files_written);
     result.insert("arena_bytes", state_.arena ? static_cast<int64_t>(state_.arena->bytes()) : 0);
     if (state_.runner) {
       for (const auto& [name, count] : state_.runner->session_counters()) result.insert(name, count);

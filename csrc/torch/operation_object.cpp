@@ -42,7 +42,9 @@ bool OperationObject::is_prepared_for(const std::vector<at::Tensor>& tensors,
   if (!runner_ || descs != input_descs_) return false;
   for (size_t index = 0; index < weight_positions_.size(); ++index) {
     const at::Tensor& tensor = tensors[weight_positions_[index]];
-    if (!tensor.is_same(weights_[index]) || tensor._version() != versions_[index]) return false;
+    const bool is_counted = !tensor.is_inference();  // else nobody knows whether it was written to
+    if (!is_counted || !tensor.is_same(weights_[index]) || tensor._version() != versions_[index])
+      return false;
   }
   return true;
 }
@@ -77,12 +79,13 @@ void OperationObject::prepare(const std::vector<at::Tensor>& tensors,
   runner_ = std::make_unique<GraphRunner>(graph.finish(), rows, device_);
   runner_->bind_weights(views_of(inputs));
   std::vector<at::Tensor> packed = tensors;
-  pack_weights(*runner_, packed, [](double) {});
+  PackStore store("");
+  pack_weights(*runner_, packed, store, [](double) {});
   weights_.clear();
   versions_.clear();
   for (const size_t position : weight_positions_) {
     weights_.push_back(tensors[position]);
-    versions_.push_back(tensors[position]._version());
+    versions_.push_back(tensors[position].is_inference() ? 0 : tensors[position]._version());
   }
   arena_ = std::make_unique<TensorArena>(device_);
   input_descs_ = std::move(descs);
@@ -96,6 +99,7 @@ std::vector<at::Tensor> OperationObject::run(const std::vector<at::Tensor>& inpu
     const c10::OptionalDeviceGuard on_device(given.empty() ? std::nullopt
                                                            : current_device_for(given[0].device));
     prepare(inputs, given);
+    if (device_.type == DeviceType::kCpu) operation_->check_indices(views_of(given));
     std::vector<at::Tensor> outputs;
     for (const TensorDesc& desc : output_descs_) outputs.push_back(make_tensor(desc, device_));
     runner_->run(views_of(given), views_of(describe(outputs)), step_of(inputs), *arena_);

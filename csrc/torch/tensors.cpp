@@ -73,6 +73,7 @@ std::optional<at::Device> current_device_for(Device device) {
 
 GivenTensor describe(const at::Tensor& tensor) {
   check(tensor.defined(), "expected a tensor, got an undefined one");
+  check(!tensor.is_nested(), "expected a tensor, got a nested one");
   GivenTensor given;
   given.device = device_of(tensor.device());
   given.view.dtype = tensor.dim() <= Dims::kMaxRank ? dtype_of(tensor.scalar_type()) : DType::kOther;

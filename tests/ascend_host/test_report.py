@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from stand_in import IS_OLD_CHIP
 
@@ -43,3 +44,15 @@ def test_the_failing_node_and_its_tensors_are_in_it(tmp_path):
     assert "FAILED" in text
     assert "Operation: the vendor's Setup returned 1 for (float16[" in text
     assert "node layers." in text
+
+
+def test_there_is_a_report_where_torch_npu_does_not_load(tmp_path):
+    """As on a machine whose set_env.sh nobody sourced: torch must not load torch_npu by itself."""
+    file = Path(__file__).parents[2] / "modeltorch" / "ascend_report.py"
+    hidden = {"LD_LIBRARY_PATH": "", "TORCH_DEVICE_BACKEND_AUTOLOAD": ""}
+    environment = {name: value for name, value in {**os.environ, **hidden}.items() if value}
+    out = tmp_path / "report.txt"
+    ran = subprocess.run([sys.executable, file, out], capture_output=True, timeout=300, env=environment, check=False)
+    assert ran.returncode == 1
+    assert "torch_npu 2." in out.read_text()
+    assert "libhccl.so: cannot open shared object file" in out.read_text()

@@ -11,14 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / "build" / "ascend_host"
-READ_PATHS = "import sys; sys.argv[1:] = ['--name']; import runpy; runpy.run_path('setup.py')"
+READ_PATHS = "sys.argv[1:] = ['--name']; import runpy; runpy.run_path('setup.py')"
 
 
-def set_up(**environment: str | None) -> subprocess.CompletedProcess[str]:
-    """Runs setup.py as far as its settings."""
+def set_up(before: str = "", **environment: str | None) -> subprocess.CompletedProcess[str]:
+    """Runs `before` and then setup.py as far as its settings."""
     merged = {**os.environ, "MODELTORCH_ASCEND": "1", "ATB_HOME_PATH": str(HOME), **environment}
     return subprocess.run(
-        [sys.executable, "-c", READ_PATHS],
+        [sys.executable, "-c", f"import sys\n{before}\n{READ_PATHS}"],
         capture_output=True,
         text=True,
         env={name: value for name, value in merged.items() if value is not None},
@@ -48,6 +48,16 @@ def test_the_vendors_folder_is_asked_for():
     ran = set_up(ATB_HOME_PATH=None)
     assert ran.returncode != 0
     assert ran.stderr.strip().splitlines()[-1].startswith("MODELTORCH_ASCEND=1 needs ATB_HOME_PATH")
+
+
+def test_a_missing_torch_npu_is_told():
+    ran = set_up(before="sys.modules['torch_npu'] = None")
+    assert ran.stderr.strip().splitlines()[-1] == "MODELTORCH_ASCEND=1 needs torch_npu: pip install torch_npu==2.13.0"
+
+
+def test_a_torch_npu_for_another_torch_is_told():
+    ran = set_up(before="import importlib.metadata as m; m.version = lambda package: '2.12.0'")
+    assert "needs torch_npu 2.13, found 2.12.0" in ran.stderr.strip().splitlines()[-1]
 
 
 def test_a_folder_without_the_library_is_told(home):

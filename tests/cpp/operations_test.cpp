@@ -6,6 +6,7 @@
 
 #include "ops/add.h"
 #include "ops/add_rms_norm.h"
+#include "ops/argmax_rows.h"
 #include "ops/gather_rows.h"
 #include "ops/linear.h"
 #include "ops/reshape_and_cache.h"
@@ -139,6 +140,26 @@ TEST(swiglu_matches_its_formula) {
       expected[i] = gate / (1.0 + std::exp(-gate)) * x.get(at + size);
     }
     expect_close(run_operation(SwiGlu(), {&x})[0], expected, size, "swiglu");
+  });
+}
+
+// Rounded to quarters, so that rows have several equal largest elements, of which the first counts; and with
+// a NaN, which counts as the largest.
+TEST(argmax_is_the_first_of_the_largest) {
+  Random random(15);
+  each_row_shape([&](DType dtype, int64_t rows, int64_t size) {
+    Tensor x = Tensor::random(random, dtype, {rows, size}, -3.0, 3.0);
+    for (int64_t i = 0; i < x.count(); ++i) x.set(i, std::round(4.0 * x.get(i)) / 4.0 - 4.0);
+    if (rows > 1) x.set(size + size / 2, std::numeric_limits<double>::quiet_NaN());
+    const std::vector<double> y = run_operation(ArgmaxRows(), {&x})[0].values();
+    for (int64_t row = 0; row < rows; ++row) {
+      int64_t best = 0;
+      for (int64_t i = 1; i < size; ++i) {
+        if (x.get(row * size + i) > x.get(row * size + best)) best = i;
+      }
+      if (row == 1) best = size / 2;
+      expect(y[row] == static_cast<double>(best), "row ", row, ": ", y[row], ", not ", best);
+    }
   });
 }
 

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "allocations.h"
+#include "graph/pack_store.h"
 #include "graph/runner.h"
 #include "graph/trace.h"
 #include "ops/add.h"
@@ -280,17 +281,18 @@ TEST(packed_weights_replace_theirs) {
   const Tensor plain(DType::kBFloat16, {4, 32}), packed(DType::kBFloat16, {4, 32});
   HeapArena arena;
   runner.bind_weights({weight.view(), bias.view(), weight.view()});
-  runner.run({&input.view(), 1}, {&plain.view(), 1}, step_of(4), arena, nullptr);
+  runner.run({&input.view(), 1}, {&plain.view(), 1}, step_of(4), arena);
 
   const std::vector<GraphRunner::PackRequest> requests = runner.pack_requests();
   if (panel_kernels() == nullptr) return expect(requests.empty(), "this level packs nothing");
   expect(requests.size() == 2 && requests[0].slots == std::vector<int32_t>{0, 1} && requests[1].slots[0] == 2,
          "slots");
   const auto& packer = *requests[0].packer;
-  runner.bind_packed(requests[0], packer.pack(runner.operation(0), {weight.view(), bias.view()}));
+  runner.bind_packed(requests[0],
+                     PackStore("").get(packer, runner.operation(0), {weight.view(), bias.view()}));
   expect(!runner.reads_weight(0) && !runner.reads_weight(1) && runner.reads_weight(2), "what is still read");
   expect(runner.plan_count() == 0, "kernels hold packed forms: their plans go");
-  runner.run({&input.view(), 1}, {&packed.view(), 1}, step_of(4), arena, nullptr);
+  runner.run({&input.view(), 1}, {&packed.view(), 1}, step_of(4), arena);
   expect(worst_row_error(packed, plain.values(), 32) < 1e-2, "packed and plain agree");
   runner.bind_weights({weight.view(), bias.view(), weight.view()});
   expect(runner.reads_weight(0) && runner.pack_requests().size() == 2, "new weights come unpacked");

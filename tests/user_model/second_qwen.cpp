@@ -11,6 +11,7 @@ class DecoderModel : public modeltorch::Model {
     modeltorch::fail(modeltorch::ErrorKind::kRuntime, "the second one");
   }
 
+  std::unique_ptr<modeltorch::Model> clone() const override { return nullptr; }
   std::string name() const override { return "second"; }
   int64_t weight_count() const override { return 0; }
   std::vector<modeltorch::WeightSpec> weight_specs() const override { return {}; }

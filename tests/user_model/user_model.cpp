@@ -20,6 +20,7 @@ class BigramModel final : public Model {
  public:
   explicit BigramModel(const std::string& json) : parameters_(json, kRules) {}
 
+  std::unique_ptr<Model> clone() const override { return std::make_unique<BigramModel>(*this); }
   std::string name() const override { return "Bigram"; }
   int64_t weight_count() const override { return 3; }
 
