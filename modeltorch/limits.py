@@ -117,6 +117,12 @@ class GpuReadRate(ReadRate):
         seconds = min(_gpu_seconds(memory.sum) for _ in range(5))
         self.samples.append(_GPU_READ_SAMPLE_BYTES / seconds / 1e9)
 
+    def limit(self, moved: int, seconds: float) -> Limit | None:
+        """See ReadRate."""
+        if moved < _TIMES_THE_CACHE * torch.cuda.get_device_properties(self._device).L2_cache_size:
+            return None
+        return Limit(self.rate(), "GB/s", moved / seconds / 1e9 / self.rate())
+
 
 def _gpu_seconds(body: Callable[[], object]) -> float:
     """Seconds that the GPU takes for what `body` launches."""

@@ -288,3 +288,20 @@ def test_the_rope_tables_of_any_configuration_equal_transformers(attributes, tra
     assert cos.shape == sin.shape == (positions, 16)
     torch.testing.assert_close(cos, theirs[0][0], rtol=0, atol=5e-5)
     torch.testing.assert_close(sin, theirs[1][0], rtol=0, atol=5e-5)
+
+
+# ---- warming up -------------------------------------------------------------------------------------
+
+
+def test_warming_up_makes_the_plans_of_later_steps_and_leaves_the_cache_alone(model):
+    model.warm_up(batch_sizes=[1, 3], prompt_lengths=[7])
+    for key, value in model.cache.pairs:
+        key.fill_(5.0)
+        value.fill_(6.0)
+    objects = (model.acl_encoder_operation, model.acl_decoder_operation)
+    for _ in range(2):
+        assert [made.counters()["plans_built"] for made in objects] == [1, 2]
+        model.warm_up(batch_sizes=[1, 3], prompt_lengths=[7])
+    assert all((key == 5.0).all() and (value == 6.0).all() for key, value in model.cache.pairs)
+    with pytest.raises(ValueError, match="at least 1"):
+        model.warm_up(batch_sizes=[0])

@@ -19,7 +19,7 @@ FLOORS = {
     "models": {"core", "graph", "ops", "models"},
     "torch": {"core", "graph", "ops", "device", "models", "torch"},
 }
-KERNEL_HEADERS = {"ops/cpu_kernel.h", "ops/rows.h", "ops/rows_impl.h", "ops/vec.h"}
+KERNEL_HEADERS = {"ops/cpu_kernel.h", "ops/cuda_kernel.cuh", "ops/rows.h", "ops/rows_impl.h", "ops/vec.h"}
 """What the kernels of the operations share; an operation's own header describes it and nothing else."""
 INCLUDED_FOR_EVERY_LEVEL = {"ops/rows_impl.h", "ops/vec.h"}
 FORBIDDEN_TORCH_HEADERS = {"torch/extension.h", "torch/torch.h", "torch/all.h"}

@@ -1,8 +1,10 @@
 """Runs every operation case, and a few steps of a small model, once on the GPU: what compute-sanitizer looks at.
 
-    compute-sanitizer --tool memcheck python tools/run_cuda_cases.py
+    compute-sanitizer --tool memcheck python tools/run_cuda_cases.py [WORD ...]
 
-Results are not compared with anything here; tests/test_operations.py and tests/test_cuda.py do that.
+Cases whose name holds one of the words run, and the model if it is named or no word is given; each is printed before it
+runs, so that the last line names what failed. Results are not compared with anything here: tests/test_operations.py and
+tests/test_cuda.py do that.
 """
 
 from __future__ import annotations
@@ -48,12 +50,17 @@ def run_model() -> None:
 
 def main() -> None:
     """Runs them all."""
-    cases = [*AWKWARD_CASES, *FUSED_CASES]
+    words = sys.argv[1:]
+    cases = [case for case in (*AWKWARD_CASES, *FUSED_CASES) if not words or any(word in str(case) for word in words)]
     for case in cases:
+        print(case, flush=True)
         run_case(case, torch.bfloat16)
-    run_model()
-    torch.cuda.synchronize()
-    print(f"{len(cases)} cases and a model have run")
+        torch.cuda.synchronize()
+    if not words or "model" in words:
+        print("model", flush=True)
+        run_model()
+        torch.cuda.synchronize()
+    print(f"{len(cases)} cases have run")
 
 
 if __name__ == "__main__":

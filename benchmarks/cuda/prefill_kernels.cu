@@ -121,7 +121,7 @@ double error_of(const Case& c, DType dtype, float spread) {
   require(cudaDeviceSynchronize());
   const int longest = *std::max_element(c.lengths.begin(), c.lengths.end());
   require(cudaFuncSetAttribute(reference<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, 200000));
-  reference<T><<<dim3(sum, c.heads), 128, longest * 8>>>(
+  reference<T><<<dim3(sum, c.heads), 128, longest * 8 + 64>>>(
       qkv.data, width, qkv.data + c.heads * hd, width, qkv.data + (c.heads + c.kv_heads) * hd, width,
       start.data, c.heads / c.kv_heads, hd, a.scale, exact.data);
   require(cudaDeviceSynchronize());

@@ -13,6 +13,9 @@ bool aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
+// Clusters of more than these blocks do not find room on the device beside the kernel in front.
+constexpr int kMaxWideBlocks = 64;
+
 /// Blocks that share the context of one sequence and key-value head: as many as the device has
 /// multiprocessors for.
 int split_count(const DecodeAttention& attention, int head_tiles) {
@@ -20,9 +23,9 @@ int split_count(const DecodeAttention& attention, int head_tiles) {
   if (!device.hopper) return 1;
   const int64_t work = attention.sequences * attention.kv_heads * head_tiles;
   const int64_t tiles = (attention.max_context + kDecodeTokens - 1) / kDecodeTokens;
-  const int most = 8;
   int splits = 1;
-  while (splits < most && work * splits * 2 <= device.multiprocessors && splits * 4 < tiles) splits *= 2;
+  while (splits < kDecodeMaxSplits && work * splits * 2 <= device.multiprocessors && splits * 4 < tiles)
+    splits *= 2;
   return splits;
 }
 
@@ -30,10 +33,6 @@ template <class T, class Shape>
 void launch_shape(const DecodeAttention& attention, const DecodeAttentionParams& params, void* stream) {
   const auto kernel = decode_attention_kernel<T, Shape>;
   allow_shared_memory(kernel, Shape::kAllBytes);
-  if (params.splits > 8) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-               "decode_attention");
-  }
   const dim3 grid(params.splits, params.kv_heads * params.head_tiles, attention.sequences);
   launch_kernel(kernel, params, grid, Shape::kThreads, Shape::bytes(params.splits), params.splits, stream,
                 "decode_attention");
@@ -47,7 +46,10 @@ void launch_head_size(const DecodeAttention& attention, const DecodeAttentionPar
   const DecodeDevice& device = decode_device();
   constexpr int kLong = kD <= 64 ? 3 : kD <= 128 ? 2 : 1;
   constexpr int kShort = kD <= 64 ? 3 : kD <= 96 ? 4 : kD <= 128 ? 3 : 2;
-  if (device.hopper && blocks <= (params.splits > 1 ? 64 : device.multiprocessors)) {
+  if (!device.hopper) {  // half the shared memory, or less
+    return launch_shape<T, DecodeShape<kD, 4, kD <= 64 ? 3 : kD <= 128 ? 2 : 1>>(attention, params, stream);
+  }
+  if (blocks <= (params.splits > 1 ? kMaxWideBlocks : device.multiprocessors)) {
     return launch_shape<T, DecodeShape<kD, 8, kLong>>(attention, params, stream);
   }
   if (params.splits > 1)

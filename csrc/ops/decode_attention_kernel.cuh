@@ -12,7 +12,7 @@ namespace modeltorch {
 
 inline constexpr int kDecodeTokens = 16;  // of a tile
 inline constexpr int kDecodeHeads = 16;   // query heads of a block, at most
-inline constexpr int kDecodeMaxSplits = 16;
+inline constexpr int kDecodeMaxSplits = 8;
 
 struct DecodeAttentionParams {
   const void *qkv, *cos, *sin;
@@ -320,7 +320,7 @@ template <class T, class Shape>
 __device__ __forceinline__ void join(const DecodeAttentionParams& p, const Place& place, char* shared) {
   constexpr int kVectors = Shape::kD / 4;
   const int vectors = place.heads * kVectors;
-  const int share = (vectors + p.splits - 1) / p.splits;
+  [[maybe_unused]] const int share = (vectors + p.splits - 1) / p.splits;
   const float* scalars = reinterpret_cast<const float*>(shared + Shape::kStateOffset);
   T* y = static_cast<T*>(p.y) + (static_cast<int64_t>(place.sequence) * p.heads + place.head) * Shape::kD;
   for (int v = threadIdx.x; v < vectors; v += Shape::kThreads) {

@@ -14,7 +14,7 @@ namespace {
 constexpr int kMaxRows = 128;
 // Deep enough that most of a block's weights are on their way before the kernel in front is done.
 constexpr int kSharedBytes = 200 * 1024;
-constexpr int kStageBytes = 16 * 1024;  // of weights, about
+constexpr int kStageBytes = 32 * 1024;  // of weights, about
 constexpr int kResidentBytes = 40 * 1024;
 constexpr int kDirectColumns = 20 * 256;
 

@@ -78,11 +78,8 @@ class RopeAttentionCuda final : public CudaKernel<RopeAttention> {
     const auto kv_heads = static_cast<int>(op_.shape.kv_heads);
     const auto head_size = static_cast<int>(op_.shape.head_size);
     if (op_.is_paged) {
-      workspace_bytes_ = decode_attention_workspace({.dtype = dtype_,
-                                                     .sequences = rows,
-                                                     .heads = heads,
-                                                     .kv_heads = kv_heads,
-                                                     .head_size = head_size});
+      workspace_bytes_ = decode_attention_workspace(
+          {.dtype = dtype_, .sequences = rows, .heads = heads, .kv_heads = kv_heads, .head_size = head_size});
     } else {
       workspace_bytes_ = prefill_attention_workspace({.dtype = dtype_,
                                                       .tokens = rows,
