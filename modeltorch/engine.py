@@ -162,6 +162,7 @@ class Engine:
             request.blocks = self.cache.allocate(self.cache.blocks_needed(len(tokens)))
             try:
                 results.append(self._prefill_logits([request], None).float())
+                self.model.settle()
             finally:
                 self._release(request)
         return results
@@ -218,8 +219,8 @@ class Engine:
         )
 
     def _prefill(self, requests: list[Request]) -> None:
-        tokens = self.prefill_step(requests)
-        for request, token in zip(requests, tokens.tolist(), strict=True):
+        tokens = self._read(self.prefill_step(requests))
+        for request, token in zip(requests, tokens, strict=True):
             self._append(request, token)
 
     def prefill_step(self, requests: list[Request]) -> torch.Tensor:
@@ -230,8 +231,8 @@ class Engine:
         return self._sampler.choose(logits, rows)
 
     def _decode(self, batch: DecodeBatch) -> None:
-        tokens = self.decode_step(batch)
-        for request, token in zip(batch.requests, tokens.tolist(), strict=True):
+        tokens = self._read(self.decode_step(batch))
+        for request, token in zip(batch.requests, tokens, strict=True):
             self._append(request, token)
 
     def decode_step(self, batch: DecodeBatch) -> torch.Tensor:
@@ -250,6 +251,12 @@ class Engine:
         tokens = self._sampler.choose(logits, batch.sampling)
         batch.advance(tokens)
         return tokens
+
+    def _read(self, tokens: torch.Tensor) -> list[int]:
+        """The tokens of a step, unless the step failed: what was chosen from its logits is then worth nothing."""
+        read = tokens.tolist()
+        self.model.settle()  # read first: then no launch is under way, and this waits for nothing
+        return read
 
     def _append(self, request: Request, token: int) -> None:
         request.new_tokens.append(token)

@@ -139,6 +139,7 @@ class FlashQwen2ForCausalLM:
         self.ascend_weight: list[torch.Tensor] = []
         self._weights = weights
         self._bound_cache: list[torch.Tensor] = []
+        self._last_operation: Any = None
         self._cache_options = {"block_size": block_size, "num_blocks": num_blocks, "cache_gb": cache_gb}
         self._cache: PagedCache | None = None
         PagedCache.check_sizes(block_size=block_size, num_blocks=num_blocks, cache_gb=cache_gb)
@@ -322,10 +323,29 @@ class FlashQwen2ForCausalLM:
         return [tensor.to(self.device) for tensor in inputs], json.dumps({"seqLen": input_lengths.tolist()})
 
     def execute_ascend_operator(self, acl_inputs: list[torch.Tensor], acl_param: str, is_prefill: bool) -> torch.Tensor:
-        """Runs a prepared step; returns the logits."""
+        """Runs a prepared step; returns the logits.
+
+        Raises:
+            RuntimeError: also for what went wrong in the step before this one after its call had returned.
+        """
         operation = self.acl_encoder_operation if is_prefill else self.acl_decoder_operation
+        if operation is not self._last_operation:
+            self.settle()  # each object knows of its own steps alone, but both work on one cache
+        self._last_operation = operation
         logits: torch.Tensor = operation.execute(acl_inputs, acl_param)[0]
         return logits
+
+    def settle(self) -> None:
+        """Throws what went wrong in the last step after its call had returned; call it before logits are used.
+
+        On Ascend a step may still be on its way to the device when its call returns (docs/ascend.md). Once its logits
+        have been read to the host nothing is, and this returns at once, as it always does on a CPU.
+
+        Raises:
+            RuntimeError: the last step failed; its logits are worth nothing. It is raised once.
+        """
+        if self._last_operation is not None:
+            self._last_operation.settle()
 
     def forward(
         self,

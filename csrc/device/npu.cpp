@@ -187,6 +187,10 @@ void NpuSession::enqueue_launches(Plan& plan) {
     finish_launch();  // this call reports what was thrown; nothing is left for the next
     throw;
   }
+  // A queue that has stopped takes a task without a word and drops it at once.
+  if (!launch_->dropped()) return;
+  const std::optional<Error> error = finish_launch();
+  if (error) throw *error;
 }
 
 uint8_t* NpuSession::workspace(size_t bytes) {

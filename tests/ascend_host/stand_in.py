@@ -18,7 +18,10 @@ MODE = os.environ.get("ATB_OPERATION_EXECUTE_ASYNC", "0")
 BLOCKING = os.environ.get("ASCEND_LAUNCH_BLOCKING") == "1"
 """True if execute also waits for the device."""
 
-IN_LINE = MODE == "0" or os.environ.get("TASK_QUEUE_ENABLE") == "0" or BLOCKING
+HAS_QUEUE = os.environ.get("TASK_QUEUE_ENABLE") != "0" and not BLOCKING
+"""True if torch_npu has a task queue."""
+
+IN_LINE = MODE == "0" or not HAS_QUEUE
 """True if execute returns after every launch."""
 
 IS_OLD_CHIP = os.environ.get("ASCEND_HOST_SOC", "").startswith("Ascend310P")
@@ -26,7 +29,8 @@ IS_OLD_CHIP = os.environ.get("ASCEND_HOST_SOC", "").startswith("Ascend310P")
 
 
 def count(name: str) -> int:
-    """A counter: operations, setups, violations, dead_memory, event_waits, or the name of a vendor operation."""
+    """A counter: operations, setups, violations, dead_memory, contexts, event_waits, events_destroyed_early, or the
+    name of a vendor operation."""
     return _LIBRARY.ascend_host_count(name.encode())
 
 
