@@ -138,8 +138,8 @@ void ModelObject::bind_caches(State& state) {
   if (!state.runner) return;
   std::vector<TensorView> caches;
   for (size_t layer = 0; layer < state.keys.size(); ++layer) {
-    caches.push_back(describe(state.keys[layer]).view);
-    caches.push_back(describe(state.values[layer]).view);
+    caches.push_back(state.model->cache_view(describe(state.keys[layer])));
+    caches.push_back(state.model->cache_view(describe(state.values[layer])));
   }
   state.runner->bind_caches(std::move(caches));
 }
