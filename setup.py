@@ -7,16 +7,26 @@ so one file serves every Python of a torch minor (2.13, say), and libraries for 
     pip install --no-build-isolation -e .      build in place, against the torch that is installed
     MODELTORCH_DEBUG=1 pip install ...          -O1 -g with assertions instead of -O3
     MODELTORCH_ASCEND=1 pip install ...         with Ascend, against torch_npu and the library under $ATB_HOME_PATH
+    MODELTORCH_CUDA=1 pip install ...           with CUDA, by the nvcc of CUDA_HOME; 0: without it
+    MODELTORCH_CUDA_ARCHS=90a pip install ...   machine code for these processors only (default: 80,90a,80+PTX)
 
-Sources are all of csrc/**/*.cpp but those of devices that were not asked for; what a device needs beyond that is
-decided here and nowhere else.
+Unless MODELTORCH_CUDA says otherwise, CUDA is built where torch itself was built for CUDA and there is an nvcc of the
+same major version. The library that comes out serves the CPU as well. It links the CUDA runtime and cuBLASLt, both of
+which torch has loaded by then, and none of torch's CUDA libraries: what it asks of those goes through torch's
+dispatcher and its device-neutral interfaces.
+
+Sources are all of csrc/**/*.cpp but those of devices that were not asked for, and with CUDA csrc/**/*.cu; what a
+device needs beyond that is decided here and nowhere else.
 """
 
 import importlib.metadata
 import importlib.util
 import os
+import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import nlohmann_json
 import torch
@@ -27,6 +37,45 @@ ROOT = Path(__file__).parent
 TORCH_MINOR = ".".join(torch.__version__.split(".")[:2])
 ASCEND = os.environ.get("MODELTORCH_ASCEND") == "1"
 SUPPORTED_MINORS = ("2.11", "2.12", "2.13", "2.14")
+DEFAULT_CUDA_ARCHS = "80,90a,80+PTX"
+
+
+def nvcc() -> Path | None:
+    """The CUDA compiler that torch's build would use."""
+    home = cpp_extension.CUDA_HOME
+    path = Path(home) / "bin" / "nvcc" if home else None
+    return path if path is not None and path.exists() else None
+
+
+def nvcc_major(path: Path) -> str:
+    """The major version of a CUDA compiler, "13"."""
+    text = subprocess.run([str(path), "--version"], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.", text)
+    return found.group(1) if found else ""
+
+
+def wants_cuda() -> bool:
+    """Whether this build has CUDA; stops with a sentence that says what is missing if it was asked for."""
+    asked = os.environ.get("MODELTORCH_CUDA")
+    if asked == "0":
+        return False
+    torch_major = (torch.version.cuda or "").split(".")[0]
+    compiler = nvcc()
+    if asked != "1":
+        return compiler is not None and bool(torch_major) and nvcc_major(compiler) == torch_major
+    if not torch_major:
+        raise SystemExit(f"MODELTORCH_CUDA=1 needs a torch that was built for CUDA, this is {torch.__version__}")
+    if compiler is None:
+        raise SystemExit("MODELTORCH_CUDA=1 needs nvcc: install the CUDA toolkit or set CUDA_HOME to its folder")
+    if nvcc_major(compiler) != torch_major:
+        raise SystemExit(
+            f"MODELTORCH_CUDA=1 needs the nvcc of CUDA {torch_major}, for which this torch was built, but {compiler} "
+            f"is of CUDA {nvcc_major(compiler)}"
+        )
+    return True
+
+
+CUDA = wants_cuda()
 
 
 def compile_flags() -> list[str]:
@@ -42,10 +91,51 @@ def is_for_ascend(path: Path) -> bool:
     return path.stem.endswith("_npu") or path.stem.startswith("npu")
 
 
+def is_for_cuda(path: Path) -> bool:
+    """True for sources that need CUDA's headers."""
+    return path.suffix == ".cu" or path.stem.startswith("cuda")
+
+
 def sources() -> list[str]:
     """Every source of this build, relative to the root."""
-    chosen = [path for path in (ROOT / "csrc").rglob("*.cpp") if ASCEND or not is_for_ascend(path)]
+    every = [*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.cu")]
+    chosen = [path for path in every if (ASCEND or not is_for_ascend(path)) and (CUDA or not is_for_cuda(path))]
     return sorted(str(path.relative_to(ROOT)) for path in chosen)
+
+
+def cuda_flags() -> list[str]:
+    """Flags of every .cu file. torch's own build would switch the operators of half types off."""
+    flags = ["-std=c++20", "-O3", "-DNDEBUG", "-lineinfo", "-Xcompiler", "-fopenmp,-Wall,-Wno-psabi"]
+    flags += [f"-U__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS")]
+    flags += ["-U__CUDA_NO_HALF2_OPERATORS__", "--diag-suppress=177", "--expt-relaxed-constexpr"]
+    for arch in os.environ.get("MODELTORCH_CUDA_ARCHS", DEFAULT_CUDA_ARCHS).split(","):
+        number = arch.removesuffix("+PTX")
+        code = "compute" if arch.endswith("+PTX") else "sm"
+        flags.append(f"-gencode=arch=compute_{number},code={code}_{number}")
+    return flags
+
+
+def cuda_paths() -> tuple[list[str], list[str], list[str]]:
+    """Include folders, library folders and libraries of a CUDA build; cuBLASLt may come from torch's own wheels."""
+    major = (torch.version.cuda or "").split(".")[0]
+    compiler = nvcc()
+    assert compiler is not None  # wants_cuda has seen it
+    homes = [Path(cpp_extension.CUDA_HOME or ""), compiler.resolve().parent.parent]
+    toolkit = next((home for home in homes if (home / "include" / "cuda_runtime.h").exists()), None)
+    if toolkit is None:
+        raise SystemExit(f"MODELTORCH_CUDA=1 needs the headers of the CUDA toolkit, looked for in {homes[0]}/include")
+    spec = importlib.util.find_spec("nvidia")
+    wheels = [Path(folder) / f"cu{major}" for folder in (spec.submodule_search_locations or [])] if spec else []
+    include = next((f / "include" for f in (toolkit, *wheels) if (f / "include" / "cublasLt.h").exists()), None)
+    library_name = f"libcublasLt.so.{major}"
+    folders = [toolkit / "lib64", *(folder / "lib" for folder in wheels)]
+    library = next((folder for folder in folders if (folder / library_name).exists()), None)
+    if include is None or library is None:
+        raise SystemExit(
+            f"MODELTORCH_CUDA=1 needs cublasLt.h and {library_name}, looked for in {toolkit} and in the package "
+            "nvidia-cublas of this Python"
+        )
+    return [str(toolkit / "include"), str(include)], [str(toolkit / "lib64"), str(library)], [library_name]
 
 
 def ascend_paths() -> tuple[list[str], list[str]]:
@@ -93,18 +183,27 @@ def library() -> Extension:
     """The extension, without the Python library that torch's own CppExtension would link."""
     include = [str(ROOT / "csrc"), str(Path(nlohmann_json.__file__).parent / "include")]
     ascend_include, ascend_libraries = ascend_paths() if ASCEND else ([], [])
+    cuda_include, cuda_libraries, cublas = cuda_paths() if CUDA else ([], [], [])
+    system_include = [f"-isystem{path}" for path in ascend_include + cuda_include]
     return Extension(
         "modeltorch.libmodeltorch",
         sources=sources(),
         include_dirs=include + cpp_extension.include_paths(),
-        library_dirs=cpp_extension.library_paths() + ascend_libraries,
-        libraries=["c10", "torch", "torch_cpu", *(["torch_npu", "atb", "ascendcl"] if ASCEND else [])],
-        extra_compile_args={"cxx": compile_flags() + [f"-isystem{path}" for path in ascend_include]},
+        library_dirs=cpp_extension.library_paths() + ascend_libraries + cuda_libraries,
+        libraries=[
+            "c10",
+            "torch",
+            "torch_cpu",
+            *(["torch_npu", "atb", "ascendcl"] if ASCEND else []),
+            *(["cudart"] if CUDA else []),
+        ],
+        extra_compile_args={"cxx": compile_flags() + system_include, "nvcc": cuda_flags()},
         extra_link_args=[
             "-fopenmp",
             "-Wl,--no-undefined",
             "-Wl,-z,defs",
-            *(["-Wl,--allow-shlib-undefined"] if ASCEND else []),
+            *(["-Wl,--allow-shlib-undefined"] if ASCEND or CUDA else []),
+            *(f"-l:{name}" for name in cublas),
         ],
         language="c++",
     )
@@ -116,6 +215,20 @@ class BuildLibrary(cpp_extension.BuildExtension):
     def get_ext_filename(self, fullname: str) -> str:
         """Maps modeltorch.libmodeltorch to modeltorch/libmodeltorch_torch2.13.so."""
         return os.path.join(*fullname.split(".")) + f"_torch{TORCH_MINOR}.so"
+
+    def build_extensions(self) -> None:
+        """Builds; rms_norm.cpp and rms_norm.cu of one folder get object files of their own."""
+        plain = self.compiler.object_filenames
+
+        def object_filenames(names: Iterable[str], *options: Any, **named: Any) -> list[str]:
+            objects = []
+            for name in names:
+                built = plain([name], *options, **named)[0]
+                objects.append(built.removesuffix(".o") + ".cu.o" if str(name).endswith(".cu") else built)
+            return objects
+
+        self.compiler.object_filenames = object_filenames
+        super().build_extensions()
 
     def run(self) -> None:
         """Builds, then writes compile_commands.json for editors and clang tools."""

@@ -53,13 +53,19 @@ class Request:
         return len(self.prompt) + (self.max_new_tokens or 0)
 
 
+_PLANNED_STEPS = 64
+
+
 class DecodeBatch:
-    """The tensors of a decode step, kept between steps: only what changes is written.
+    """The tensors of a decode step, kept between steps.
+
+    What a step needs beside the tokens (positions, slots, lengths) is known ahead: it is computed on the host for many
+    steps at once and copied to the device in one go, so that a step itself launches nothing and waits for nothing.
 
     Attributes:
         requests: the sequences, in the order of the rows.
         ids: int64 [B], the tokens that the next step reads.
-        lengths: int32 [B], contexts including those tokens.
+        host_lengths: contexts including those tokens.
         tables: int32 [B, width].
     """
 
@@ -68,25 +74,39 @@ class DecodeBatch:
         self.block_size = block_size
         width = max(len(request.blocks) for request in requests)
         rows = [request.blocks + [0] * (width - len(request.blocks)) for request in requests]
-        contexts = [len(request.prompt) + len(request.new_tokens) for request in requests]
+        self.host_lengths = [len(request.prompt) + len(request.new_tokens) for request in requests]
         self.ids = torch.tensor([request.new_tokens[-1] for request in requests], device=device)
-        self.lengths = torch.tensor(contexts, dtype=torch.int32, device=device)
-        self.tables = torch.tensor(rows, dtype=torch.int32, device=device)
+        self._host_tables = torch.tensor(rows, dtype=torch.int32)
+        self.tables = self._host_tables.to(device)
         self.sampling = sampling_rows([request.sampling for request in requests], device)
+        self._step = _PLANNED_STEPS
+        self._positions = self._slots = self._lengths = self.ids
 
-    def positions(self) -> torch.Tensor:
-        """int64 [B]: the place of each new token in its sequence."""
-        return self.lengths.to(torch.int64) - 1
+    def _plan(self) -> None:
+        """Positions (int64), slots and lengths (int32) of the next steps, each [steps, B]."""
+        device = self.ids.device
+        lengths = torch.tensor(self.host_lengths, dtype=torch.int64) + torch.arange(_PLANNED_STEPS).unsqueeze(1)
+        positions = lengths - 1
+        # Steps that no sequence comes to any more have no block of their own.
+        columns = (positions // self.block_size).clamp(max=self.tables.shape[1] - 1)
+        blocks = self._host_tables.to(torch.int64).gather(1, columns.t()).t()
+        slots = blocks * self.block_size + positions % self.block_size
+        self._positions = positions.to(device)
+        self._slots = slots.to(torch.int32).contiguous().to(device)
+        self._lengths = lengths.to(torch.int32).to(device)
+        self._step = 0
 
-    def slots(self, positions: torch.Tensor) -> torch.Tensor:
-        """int32 [B]: the cache row of each new token."""
-        blocks = self.tables.gather(1, (positions // self.block_size).unsqueeze(1)).squeeze(1)
-        return blocks * self.block_size + (positions % self.block_size).to(torch.int32)
+    def step_tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Positions (int64), slots and lengths (int32) of the next step, each [B]."""
+        if self._step == _PLANNED_STEPS:
+            self._plan()
+        return self._positions[self._step], self._slots[self._step], self._lengths[self._step]
 
     def advance(self, tokens: torch.Tensor) -> None:
         """Takes the sampled tokens as the inputs of the next step."""
         self.ids = tokens
-        self.lengths += 1
+        self.host_lengths = [length + 1 for length in self.host_lengths]
+        self._step += 1
 
 
 class Engine:
@@ -237,16 +257,17 @@ class Engine:
 
     def decode_step(self, batch: DecodeBatch) -> torch.Tensor:
         """One decode step with sampling; returns the new tokens, int64 [B], and advances the batch."""
-        positions = batch.positions()
+        positions, slots, lengths = batch.step_tensors()
         logits = self.model.forward(
             batch.ids,
             positions,
             False,
             self.cache.pairs,
             batch.tables,
-            batch.slots(positions),
-            batch.lengths,
+            slots,
+            lengths,
             0,
+            host_lengths=batch.host_lengths,
         )
         tokens = self._sampler.choose(logits, batch.sampling)
         batch.advance(tokens)

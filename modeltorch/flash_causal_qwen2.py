@@ -20,7 +20,7 @@ import torch
 
 from modeltorch import checkpoint
 from modeltorch.engine import Engine, Generation, Request
-from modeltorch.paged_cache import DEFAULT_BLOCK_SIZE, PagedCache
+from modeltorch.paged_cache import DEFAULT_BLOCK_SIZE, PagedCache, free_memory
 from modeltorch.sampling import Sampling
 
 KvCache = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -76,6 +76,17 @@ def _check_config(config: Any) -> None:
         raise NotImplementedError(f"hidden_act must be silu, got {activation}: others are not built")
 
 
+def _check_device(device: torch.device) -> None:
+    if device.type not in ("cpu", "cuda", "npu"):
+        raise NotImplementedError(f"device must be cpu, cuda or npu, got {device}: other devices are not built")
+    if device.type not in torch.ops.ModelTorch.devices():
+        raise NotImplementedError(
+            f"this build has no kernels for device {device.type}: install torch for it and build again (setup.py)"
+        )
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device}: torch finds no GPU on this machine")
+
+
 class FlashQwen2ForCausalLM:
     """Qwen2 and Qwen2.5 with paged attention.
 
@@ -103,13 +114,14 @@ class FlashQwen2ForCausalLM:
         Args:
             config: a transformers Qwen2Config, or anything with its attributes.
             weights: tensors by checkpoint name. Those of the right dtype and device are used as they are.
-            device: where to run: "cpu", or "npu" in a build with Ascend (docs/ascend.md).
+            device: where to run: "cpu", "cuda" in a build with CUDA, or "npu" in one with Ascend (docs/ascend.md).
             dtype: "bfloat16", "float16" or "float32", the type of weights, cache and activations.
             tokenizer: a transformers tokenizer, or None: then prompts must be token lists.
             stop_tokens: ids that end an answer.
             block_size: tokens of a cache block.
             num_blocks: blocks of the cache; None takes cache_gb.
-            cache_gb: GiB of the cache; None takes the smaller of 4 and a quarter of free memory.
+            cache_gb: GiB of the cache; None takes the smaller of 4 and a quarter of free memory, on a GPU three
+                quarters of its free memory.
 
         Raises:
             ValueError: an unknown dtype, or sizes that contradict each other.
@@ -120,9 +132,10 @@ class FlashQwen2ForCausalLM:
         try:
             self.device = torch.device(device)
         except (RuntimeError, TypeError) as error:
-            raise ValueError(f"device must be cpu, or npu with torch_npu, got {device!r}") from error
-        if self.device.type not in ("cpu", "npu"):
-            raise NotImplementedError(f"device must be cpu or npu, got {self.device}: other devices are not built")
+            raise ValueError(f"device must be cpu, cuda, or npu with torch_npu, got {device!r}") from error
+        _check_device(self.device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.dtype = _checked_dtype(dtype)
         self.tokenizer = tokenizer
         self.stop_tokens = stop_tokens
@@ -238,9 +251,28 @@ class FlashQwen2ForCausalLM:
             tensor = self._weights[name]
             self._check_shape(name, tensor, spec["shape"])
             weights[spec["slot"]] = tensor.to(self.dtype).to(self.device)
+        if self.device.type == "cuda":
+            self._put_side_by_side(weights, specs)
         if isinstance(self._weights, checkpoint.SafetensorsWeights):
             self._weights.close()
         return weights
+
+    def _put_side_by_side(self, weights: list[torch.Tensor], specs: list[dict[str, Any]]) -> None:
+        """Lays the parts of a linear (q, k, v; gate, up) behind each other in memory: the GPU multiplies them as one.
+
+        Each stays a tensor of its own, a view. Nothing is packed elsewhere: the CPU packs while it loads.
+        """
+        slots = {spec["name"]: spec["slot"] for spec in specs}
+        for layer in range(self.num_layers):
+            for group in (("attn.q", "attn.k", "attn.v"), ("mlp.gate", "mlp.up")):
+                for kind in ("weight", "bias"):
+                    names = [f"layers.{layer}.{part}.{kind}" for part in group]
+                    if not all(name in slots for name in names):
+                        continue
+                    parts = [weights[slots[name]] for name in names]
+                    views = torch.split(torch.cat(parts), [part.shape[0] for part in parts])
+                    for name, view in zip(names, views, strict=True):
+                        weights[slots[name]] = view
 
     def _check_shape(self, name: str, tensor: torch.Tensor, shape: list[int | str]) -> None:
         """Compares a tensor with the configuration, which the step objects never see.
@@ -292,6 +324,7 @@ class FlashQwen2ForCausalLM:
         input_lengths: torch.Tensor,
         max_seq_len: int,
         lm_head_indices: torch.Tensor | None = None,
+        host_lengths: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> tuple[list[torch.Tensor], str]:
         """The input list of a step in the 2024 order, and its JSON. Arguments are those of forward.
@@ -320,7 +353,8 @@ class FlashQwen2ForCausalLM:
             lm_head_indices.to(torch.int64) if is_prefill else lm_head_indices,
             self.placeholder,
         ]
-        return [tensor.to(self.device) for tensor in inputs], json.dumps({"seqLen": input_lengths.tolist()})
+        lengths = input_lengths.tolist() if host_lengths is None else list(host_lengths)
+        return [tensor.to(self.device) for tensor in inputs], json.dumps({"seqLen": lengths})
 
     def execute_ascend_operator(self, acl_inputs: list[torch.Tensor], acl_param: str, is_prefill: bool) -> torch.Tensor:
         """Runs a prepared step; returns the logits.
@@ -358,6 +392,7 @@ class FlashQwen2ForCausalLM:
         input_lengths: torch.Tensor,
         max_seq_len: int,
         lm_head_indices: torch.Tensor | None = None,
+        host_lengths: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """One step of unpadded tokens.
@@ -372,6 +407,7 @@ class FlashQwen2ForCausalLM:
             input_lengths: int32 [B], prompt lengths, or contexts including the new token in decode.
             max_seq_len: the longest context; kept for callers, not needed here.
             lm_head_indices: int64 [rows], the tokens whose logits are wanted; None: all. Ignored in decode.
+            host_lengths: the values of input_lengths; None reads them from the device, which waits for it.
             **kwargs: features that are not built are refused unless None.
 
         Returns:
@@ -393,6 +429,7 @@ class FlashQwen2ForCausalLM:
             input_lengths,
             max_seq_len,
             lm_head_indices,
+            host_lengths,
             **kwargs,
         )
         return self.execute_ascend_operator(acl_inputs, acl_param, is_prefill)
@@ -414,7 +451,9 @@ class FlashQwen2ForCausalLM:
             }
             blocks = self._cache_options["num_blocks"]
             if blocks is None:
-                blocks = PagedCache.blocks_for_memory(self._cache_options["cache_gb"], **sizes)
+                blocks = PagedCache.blocks_for_memory(
+                    self._cache_options["cache_gb"], free_memory=free_memory(self.device), **sizes
+                )
             self._cache = PagedCache(num_blocks=int(blocks), device=self.device, **sizes)
         return self._cache
 

@@ -23,6 +23,14 @@ def available_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that a cache of unstated size may take on a device."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int((torch.cuda.mem_get_info(device)[0] + held) * 0.75)
+    return min(4 * GIB, available_memory() // 4)
+
+
 class PagedCache:
     """Blocks of cache rows for every layer, and the list of those that are free.
 
@@ -79,14 +87,15 @@ class PagedCache:
         kv_heads: int,
         head_size: int,
         dtype: torch.dtype,
+        free_memory: int,
     ) -> int:
-        """Number of blocks that fit cache_gb GiB; None takes the smaller of 4 GiB and a quarter of free memory.
+        """Number of blocks that fit cache_gb GiB, or free_memory bytes if that is None.
 
         Raises:
             ValueError: not even one block fits.
         """
         block_bytes = 2 * num_layers * block_size * kv_heads * head_size * dtype.itemsize
-        budget = min(4 * GIB, available_memory() // 4) if cache_gb is None else int(cache_gb * GIB)
+        budget = free_memory if cache_gb is None else int(cache_gb * GIB)
         if budget < block_bytes:
             raise ValueError(
                 f"a cache of {budget / GIB:.3f} GiB does not hold one block of {block_size} tokens "

@@ -278,9 +278,102 @@ def cache_cases() -> Iterator[Case]:
         yield Case("ReshapeAndCache", label, make, exact, written_inputs=(2, 3))
 
 
+def fused_linear_cases(sizes: list[tuple[int, int, int]]) -> Iterator[Case]:
+    """FusedLinear with m rows, n columns a part, k summands: with norm, SwiGLU, residual, bias, several parts."""
+    variants = [  # transposed, has_bias, parts, has_norm, swiglu, has_residual
+        (1, 1, 3, 1, 0, 0),
+        (1, 0, 1, 0, 0, 1),
+        (1, 0, 2, 1, 1, 0),
+        (1, 1, 2, 1, 1, 1),
+        (0, 1, 1, 1, 0, 1),
+    ]
+    names = ("transposed", "has_bias", "parts", "has_norm", "swiglu", "has_residual")
+    for m, n, k in sizes:
+        for variant in variants:
+            parameters = dict(zip(names, variant, strict=True))
+
+            def make(generator, dtype, m=m, n=n, k=k, p=parameters):
+                tensors = [_normal(generator, dtype, m, k)]
+                if p["has_norm"]:
+                    tensors.append(_normal(generator, dtype, k))
+                for _ in range(p["parts"]):
+                    shape = (n, k) if p["transposed"] else (k, n)
+                    tensors.append(_normal(generator, dtype, *shape, scale=k**-0.5))
+                    if p["has_bias"]:
+                        tensors.append(_normal(generator, dtype, n))
+                if p["has_residual"]:
+                    tensors.append(_normal(generator, dtype, m, n * p["parts"] // (2 if p["swiglu"] else 1)))
+                return tensors
+
+            def exact(t: Tensors, p=parameters) -> Tensors:
+                rest = list(t[1:])
+                x = _norm(t[0], rest.pop(0), 1e-6) if p["has_norm"] else t[0]
+                columns = []
+                for _ in range(p["parts"]):
+                    weight = rest.pop(0)
+                    product = x @ (weight.t() if p["transposed"] else weight)
+                    columns.append(product + rest.pop(0) if p["has_bias"] else product)
+                y = torch.cat(columns, dim=1)
+                if p["swiglu"]:
+                    gate, up = y.chunk(2, dim=-1)
+                    y = gate * torch.sigmoid(gate) * up
+                return [y + rest.pop(0) if p["has_residual"] else y]
+
+            label = f"m{m} n{n} k{k} " + " ".join(f"{name}{parameters[name]}" for name in names)
+            yield Case("FusedLinear", label, make, exact, {**parameters, "epsilon": 1e-6})
+
+
+def rope_attention_cases(sizes: list[tuple[list[int], int, int, int, int]], is_paged: bool) -> Iterator[Case]:
+    """RopeAttention of one token a sequence, or of whole prompts; the cache is written, as the outputs show."""
+    for lengths, block_size, heads, kv_heads, d in sizes:
+        paging = Paging(lengths, block_size, kv_heads, d)
+        scale = d**-0.5
+
+        def make(generator, dtype, paging=paging, heads=heads, is_paged=is_paged):
+            d, lengths = paging.head_size, torch.tensor(paging.contexts, dtype=torch.int32)
+            tables = paging.tables(generator)
+            tokens = len(paging.contexts) if is_paged else sum(paging.contexts)
+            angles = torch.rand(tokens, d // 2, generator=generator) * 2 * math.pi
+            angles = torch.cat([angles, angles], dim=1)
+            rows = [paging.rows(table, n) for table, n in zip(tables, paging.contexts, strict=True)]
+            slots = torch.cat([row[-1:] if is_paged else row for row in rows]).to(torch.int32)
+            slots[2::5] = -1
+            caches = [paging.cache(generator, dtype, tables) for _ in range(2)]
+            qkv = _normal(generator, dtype, tokens, (heads + 2 * paging.kv_heads) * d)
+            inputs = [qkv, angles.cos().to(dtype), angles.sin().to(dtype), *caches, slots, lengths]
+            return [*inputs, tables] if is_paged else inputs
+
+        def exact(t: Tensors, paging=paging, heads=heads, scale=scale, is_paged=is_paged) -> Tensors:
+            d, kv_heads, tokens = paging.head_size, paging.kv_heads, t[0].shape[0]
+            q, k, v = t[0].view(tokens, -1, d).split([heads, kv_heads, kv_heads], dim=1)
+
+            def turn(x: torch.Tensor) -> torch.Tensor:
+                swapped = torch.cat([-x[..., d // 2 :], x[..., : d // 2]], dim=-1)
+                return x * t[1].unsqueeze(1) + swapped * t[2].unsqueeze(1)
+
+            q, k = turn(q), turn(k)
+            if not is_paged:
+                parts = zip(*(tensor.split(paging.contexts) for tensor in (q, k, v)), strict=True)
+                return [torch.cat([_attend(*part, scale) for part in parts])]
+            keys, values = (cache.clone().view(-1, kv_heads, d) for cache in t[3:5])
+            kept = t[5] >= 0
+            keys[t[5][kept].long()], values[t[5][kept].long()] = k[kept], v[kept]
+            rows = []
+            for index, context in enumerate(paging.contexts):
+                picked = paging.rows(t[7][index], context)
+                rows.append(_attend(q[index : index + 1], keys[picked], values[picked], scale))
+            return [torch.cat(rows)]
+
+        kind = "paged" if is_paged else "whole"
+        label = f"{kind} {'+'.join(map(str, lengths))} bs{block_size} h{heads} kv{kv_heads} d{d}"
+        parameters = {"heads": heads, "kv_heads": kv_heads, "head_size": d, "scale": scale, "is_paged": is_paged}
+        yield Case("RopeAttention", label, make, exact, parameters)
+
+
 AWKWARD_CASES: list[Case] = [
     *norm_cases([(0, 8), (1, 1), (1, 15), (3, 16), (2, 77), (65, 896)], False),
-    *linear_cases([(0, 4, 4), (1, 1, 1), (1, 65, 17), (3, 7, 130), (8, 96, 64), (9, 33, 48), (64, 130, 77), (9, 34, 48), (65, 130, 78)], False),
+    *linear_cases([(0, 4, 4), (1, 1, 1), (1, 65, 17), (3, 7, 130), (8, 96, 64), (9, 33, 48), (64, 130, 77)], False),
+    *linear_cases([(9, 34, 48), (65, 130, 78)], False),
     *argmax_cases([(0, 3), (1, 1), (3, 7), (2, 16), (5, 515), (2, 9001)], False),
     *gather_cases(),
     *split_and_rope_cases([(0, 2, 1, 64), (1, 1, 1, 2), (5, 14, 2, 64), (3, 3, 3, 80), (17, 4, 1, 128), (2, 2, 2, 96)]),
@@ -309,6 +402,25 @@ AWKWARD_CASES: list[Case] = [
     *cache_cases(),
 ]
 """Small and odd sizes: 0 and 1 rows, sizes that no vector divides, block boundaries, one kv head."""
+
+_ROPE_ATTENTION_SIZES: list[tuple[list[int], int, int, int, int]] = [
+    ([1], 16, 1, 1, 64),
+    ([15, 16, 17], 16, 4, 2, 64),
+    ([128, 129], 128, 7, 1, 80),
+    ([300, 1, 2, 7], 16, 6, 3, 128),
+    ([70, 33], 64, 14, 2, 96),
+    ([257] * 8, 256, 28, 4, 128),
+    ([33, 40], 32, 2, 1, 256),
+    ([5, 9], 4, 3, 1, 34),
+]
+
+FUSED_CASES: list[Case] = [
+    *fused_linear_cases([(0, 8, 16), (1, 64, 128), (2, 896, 896), (3, 34, 77), (8, 256, 512), (33, 96, 64)]),
+    *fused_linear_cases([(16, 64, 192), (64, 128, 256), (128, 192, 320), (200, 64, 128), (512, 256, 128)]),
+    *rope_attention_cases(_ROPE_ATTENTION_SIZES, True),
+    *rope_attention_cases(_ROPE_ATTENTION_SIZES, False),
+]
+"""The operations that only a fusing device has kernels for."""
 
 BENCHMARK_CASES: list[Case] = [
     *norm_cases([(1, 896), (512, 896), (512, 4864)], True),

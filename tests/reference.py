@@ -10,7 +10,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import modeltorch  # noqa: F401  registers torch.classes.ModelTorch
 
-DEVICES = ["cpu"]
+DEVICES = [
+    device
+    for device in ("cpu", "cuda")
+    if device in torch.ops.ModelTorch.devices() and (device == "cpu" or torch.cuda.is_available())
+]
+"""Where the tests run: the devices that this library has kernels for and that this machine has."""
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNUSED_WEIGHT = torch.zeros(1, dtype=torch.float16)
 

@@ -153,9 +153,9 @@ def contexts(subject, monkeypatch) -> list[tuple[bool, list[int]]]:
     steps = []
     original = subject.model.forward
 
-    def forward(*arguments):
+    def forward(*arguments, **keywords):
         steps.append((arguments[2], arguments[6].tolist()))
-        return original(*arguments)
+        return original(*arguments, **keywords)
 
     monkeypatch.setattr(subject.model, "forward", forward)
     return steps

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from operation_cases import AWKWARD_CASES, Case
+from operation_cases import AWKWARD_CASES, FUSED_CASES, Case
 from reference import DEVICES, DTYPES, relative_error
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
@@ -16,6 +16,18 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", AWKWARD_CASES, ids=str)
 def test_operation_equals_float64(case: Case, dtype: torch.dtype, device: str) -> None:
+    check(case, dtype, device)
+
+
+@pytest.mark.parametrize("device", [device for device in DEVICES if device == "cuda"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", FUSED_CASES, ids=str)
+def test_fused_operation_equals_float64(case: Case, dtype: torch.dtype, device: str) -> None:
+    check(case, dtype, device)
+
+
+def check(case: Case, dtype: torch.dtype, device: str) -> None:
+    """Runs a case on a device and compares it with float64."""
     inputs = case.make(torch.Generator().manual_seed(len(case.label)), dtype)
     exact = case.exact([tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs])
     outputs = case.run([tensor.to(device) for tensor in inputs])

@@ -3,6 +3,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
 
 #include "graph/kernel.h"
 
@@ -11,7 +12,8 @@ namespace {
 
 struct FusionRegistry {
   std::mutex mutex;
-  std::map<std::string, FusionPass> passes;  // by name, so that the order is the same in every build
+  // By (-rank, name), so that the order is the same in every build.
+  std::map<std::pair<int, std::string>, FusionPass> passes;
 };
 
 FusionRegistry& registry() {
@@ -21,14 +23,14 @@ FusionRegistry& registry() {
 
 }  // namespace
 
-bool register_fusion(std::string_view fused_operation, FusionPass pass) {
+bool register_fusion(std::string_view fused_operation, FusionPass pass, int rank) {
   FusionRegistry& known = registry();
   const std::lock_guard lock(known.mutex);
-  return known.passes.emplace(fused_operation, pass).second;
+  return known.passes.emplace(std::pair{-rank, std::string(fused_operation)}, pass).second;
 }
 
 void fuse(Graph& graph, DeviceType device) {
-  std::map<std::string, FusionPass> passes;
+  std::map<std::pair<int, std::string>, FusionPass> passes;
   {
     const std::lock_guard lock(registry().mutex);
     passes = registry().passes;
@@ -36,8 +38,8 @@ void fuse(Graph& graph, DeviceType device) {
   bool changed = true;
   while (changed) {
     changed = false;
-    for (const auto& [name, pass] : passes) {
-      if (find_kernel(name, device) != nullptr && pass(graph)) changed = true;
+    for (const auto& [key, pass] : passes) {
+      if (find_kernel(key.second, device) != nullptr && pass(graph)) changed = true;
     }
   }
 }

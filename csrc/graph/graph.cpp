@@ -25,7 +25,7 @@ int64_t Graph::producer(Value value) const {
 }
 
 Value GraphBuilder::add_value(std::string name, ValueKind kind, int32_t slot) {
-  graph_.values.push_back({std::move(name), kind, slot});
+  graph_.values.push_back({std::move(name), kind, slot, 0});
   return {static_cast<int32_t>(graph_.values.size()) - 1};
 }
 
@@ -48,7 +48,7 @@ std::vector<Value> GraphBuilder::add(std::string_view name, OperationPtr operati
 
 void GraphBuilder::mark_output(Value value, std::string name, int32_t slot) {
   check(graph_.producer(value) >= 0, "output ", name, " is not computed by a node of this graph");
-  graph_.values[value.id] = {std::move(name), ValueKind::kOutput, slot};
+  graph_.values[value.id] = {std::move(name), ValueKind::kOutput, slot, 0};
 }
 
 GraphBuilder::Scope::Scope(GraphBuilder& builder, std::string_view name)

@@ -28,7 +28,8 @@ enum class ValueKind : uint8_t {
 struct ValueInfo {
   std::string name;
   ValueKind kind = ValueKind::kIntermediate;
-  int32_t slot = -1;  ///< index among the inputs, weights, caches or outputs of the graph
+  int32_t slot = -1;    ///< index among the inputs, weights, caches or outputs of the graph
+  int32_t padding = 0;  ///< of an input: what rows beyond those of a step hold (Graph::can_pad)
 };
 
 struct Node {
@@ -43,6 +44,10 @@ struct Graph {
   std::vector<ValueInfo> values;
   std::vector<Node> nodes;
 
+  /// A step may be filled up to its bucket with rows of each input's padding: no other row depends on them,
+  /// and they write to no cache. A device may then launch every step of a bucket in the same way.
+  bool can_pad = false;
+
   /// Nodes that read `value`, in order.
   std::vector<size_t> consumers(Value value) const;
 
@@ -54,7 +59,11 @@ struct Graph {
 class GraphBuilder {
  public:
   /// External values. `slot` is the caller's index for binding.
-  Value input(std::string name, int32_t slot) { return add_value(std::move(name), ValueKind::kInput, slot); }
+  Value input(std::string name, int32_t slot, int32_t padding = 0) {
+    const Value value = add_value(std::move(name), ValueKind::kInput, slot);
+    graph_.values[value.id].padding = padding;
+    return value;
+  }
   Value weight(std::string name, int32_t slot) {
     return add_value(std::move(name), ValueKind::kWeight, slot);
   }
@@ -78,6 +87,9 @@ class GraphBuilder {
     GraphBuilder& builder_;
     size_t length_;
   };
+
+  /// Sets Graph::can_pad.
+  void allow_padding() { graph_.can_pad = true; }
 
   Graph finish() { return std::move(graph_); }
 

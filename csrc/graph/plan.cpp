@@ -133,10 +133,14 @@ void Plan::place_in_arena(std::byte* arena) {
 
 void Plan::bind(const Bindings& bindings, const StepInfo& step, std::byte* arena) {
   if (arena != arena_) place_in_arena(arena);
+  set_counts(step);
+  for (const int32_t id : step_values_) views_[id] = external_view(graph_.values[id], bindings);
+}
+
+void Plan::set_counts(const StepInfo& step) {
   for (const int32_t id : arena_values_) {
     if (descs_[id].rows != Rows::kFixed) views_[id].dims[0] = step.rows(descs_[id].rows);
   }
-  for (const int32_t id : step_values_) views_[id] = external_view(graph_.values[id], bindings);
 }
 
 KernelArgs Plan::args_of(const NodeRun& node, const NodeLaunch& launch) const {

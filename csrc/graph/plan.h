@@ -71,6 +71,29 @@ class Plan {
 
   size_t node_count() const { return runs_.size(); }
 
+  const Graph& graph() const { return graph_; }
+
+  // For sessions that launch a step in another form than it was bound in.
+
+  /// The graph's inputs and outputs: the values that every step brings.
+  const std::vector<int32_t>& step_values() const { return step_values_; }
+  const TensorDesc& desc(int32_t value) const { return descs_[value]; }
+
+  /// What the value is bound to. A session may exchange it for the rest of the step.
+  TensorView& view(int32_t value) { return views_[value]; }
+
+  /// Gives the intermediates the sizes of other counts for the rest of the step.
+  void set_counts(const StepInfo& step);
+
+  const std::byte* arena() const { return arena_; }
+
+  /// What a session keeps for this plan.
+  class SessionState {
+   public:
+    virtual ~SessionState() = default;
+  };
+  std::unique_ptr<SessionState>& session_state() { return session_state_; }
+
   /// Kernel::prepare of a node. Throws Error naming the node.
   void prepare_node(size_t index, const NodeLaunch& launch);
 
@@ -115,6 +138,7 @@ class Plan {
   MemoryPlan memory_;
   std::byte* arena_ = nullptr;
   int64_t bound_version_ = -1;
+  std::unique_ptr<SessionState> session_state_;
 };
 
 }  // namespace modeltorch

@@ -86,6 +86,10 @@ class GraphRunner {
   bool reads_input(int32_t slot) const;
 
   const Counters& counters() const { return counters_; }
+
+  /// DeviceSession::counters.
+  std::map<std::string, int64_t> session_counters() const { return session_->counters(); }
+
   size_t plan_count() const { return plans_.size(); }
   std::string describe() const;
 

@@ -1,7 +1,10 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <map>
 #include <memory>
+#include <string>
 
 #include "core/device.h"
 #include "core/dtype.h"
@@ -40,6 +43,9 @@ class DeviceSession {
 
   /// True if what the last run reads and writes must stay until settle().
   virtual bool pending() const { return false; }
+
+  /// What the session has done and holds, by name.
+  virtual std::map<std::string, int64_t> counters() const { return {}; }
 
  private:
   Device device_;

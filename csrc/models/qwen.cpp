@@ -169,7 +169,8 @@ Graph QwenModel::build_graph() const {
   };
   const Value ids = input(DecoderInput::kIds, "input_ids");
   const Value positions = input(DecoderInput::kPositions, "position_ids");
-  const Value slots = input(DecoderInput::kSlots, "slots");
+  const Value slots = graph.input("slots", static_cast<int32_t>(DecoderInput::kSlots), -1);
+  if (!parameters_.is_prefill) graph.allow_padding();
   const Value seq_len = input(DecoderInput::kSeqLen, "seq_len");
   std::map<std::string, Value> weights;
   for (const WeightSpec& spec : weight_specs()) {

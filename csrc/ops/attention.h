@@ -36,8 +36,8 @@ class CpuAttention {
   int64_t queries_per_block() const { return queries_per_block_; }
   size_t workspace_bytes() const { return static_cast<size_t>(threads_) * scratch_bytes(); }
 
-  /// Calls `visit(block_index_is_mine, ...)` in parallel: `body(mine, scratch)` runs once a thread, and
-  /// `mine()` says whether the next block in program order belongs to that thread.
+  /// Runs `body(mine, scratch)` once a thread: `mine()` says whether the next block in program order belongs
+  /// to that thread.
   template <class Body>
   void each_thread(void* workspace, Body&& body) const {
     parallel_for(threads_, 1, [&](int64_t begin, int64_t end) {

@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "core/cpu_level.h"
+#include "graph/kernel.h"
 #include "ops/read_rate.h"
 #include "torch/errors.h"
 #include "torch/model_object.h"
@@ -54,6 +55,12 @@ TORCH_LIBRARY(ModelTorch, library) {
   library.class_<ReadProbeObject>("ReadProbe")
       .def(torch::init<int64_t>())
       .def("seconds", &ReadProbeObject::seconds);
+  library.def("devices() -> str[]", []() {
+    std::vector<std::string> devices{"cpu"};
+    if (find_kernel("Linear", DeviceType::kCuda) != nullptr) devices.emplace_back("cuda");
+    if (find_kernel("Linear", DeviceType::kNpu) != nullptr) devices.emplace_back("npu");
+    return devices;
+  });
   library.def("cpu_level() -> str", []() {
     return translate_errors("cpu_level", [] { return std::string(cpu_level_name(cpu_level())); });
   });

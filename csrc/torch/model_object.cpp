@@ -245,6 +245,9 @@ c10::Dict<std::string, int64_t> ModelObject::counters() {
     result.insert("plans", state_.runner ? static_cast<int64_t>(state_.runner->plan_count()) : 0);
     result.insert("arena_allocations", state_.arena ? state_.arena->allocations() : 0);
     result.insert("arena_bytes", state_.arena ? static_cast<int64_t>(state_.arena->bytes()) : 0);
+    if (state_.runner) {
+      for (const auto& [name, count] : state_.runner->session_counters()) result.insert(name, count);
+    }
     return result;
   });
 }

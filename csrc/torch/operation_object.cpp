@@ -1,6 +1,7 @@
 #include "torch/operation_object.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 #include <map>
@@ -94,6 +95,8 @@ std::vector<at::Tensor> OperationObject::run(const std::vector<at::Tensor>& inpu
   const at::AutoDispatchBelowAutograd no_autograd;
   return translate_errors("Operation " + std::string(operation_->name()), [&] {
     const std::vector<GivenTensor> given = describe(inputs);
+    const c10::OptionalDeviceGuard on_device(given.empty() ? std::nullopt
+                                                           : current_device_for(given[0].device));
     prepare(inputs, given);
     if (device_.type == DeviceType::kCpu) operation_->check_indices(views_of(given));
     std::vector<at::Tensor> outputs;

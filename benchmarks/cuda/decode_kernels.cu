@@ -1,0 +1,614 @@
+// Checks and times the kernels of a decode step without torch:
+//   nvcc -std=c++20 -O3 -gencode arch=compute_90a,code=sm_90a -Icsrc benchmarks/cuda/decode_kernels.cu
+//        csrc/ops/few_row_linear.cu csrc/ops/decode_attention.cu -o decode_kernels
+//   decode_kernels check
+//   decode_kernels time 7b|1.5b|0.5b ROWS CONTEXT
+// `check` compares with plain float64 kernels. `time` replays CUDA graphs: of each kernel over weights that
+// do not fit in the L2 cache, and of the whole layer stack with its own weights for every layer.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "ops/decode_attention.h"
+#include "ops/few_row_linear.h"
+
+using namespace modeltorch;
+
+namespace {
+
+constexpr double kReadRate = 3157e9;  // bytes a second that one read-only launch of this card reaches
+
+void cuda(cudaError_t status) {
+  if (status == cudaSuccess) return;
+  std::printf("CUDA: %s\n", cudaGetErrorString(status));
+  std::exit(1);
+}
+
+/// Device memory that is never given back before the process ends, apart from reset().
+class Pool {
+ public:
+  void* take(size_t bytes) {
+    void* pointer = nullptr;
+    cuda(cudaMalloc(&pointer, std::max<size_t>(bytes, 16)));
+    taken_.push_back(pointer);
+    return pointer;
+  }
+  void reset() {
+    for (void* pointer : taken_) cuda(cudaFree(pointer));
+    taken_.clear();
+  }
+
+ private:
+  std::vector<void*> taken_;
+};
+
+Pool pool;
+
+__device__ float hash_uniform(uint64_t i, uint64_t seed) {
+  uint64_t z = i + seed * 0x9e3779b97f4a7c15ull;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return static_cast<float>((z >> 40) & 0xffffff) / 8388608.0f - 1.0f;
+}
+
+template <class T>
+__global__ void fill(T* to, size_t n, uint64_t seed, float scale, float shift) {
+  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < n; i += size_t{gridDim.x} * blockDim.x) {
+    to[i] = T(hash_uniform(i, seed) * scale + shift);
+  }
+}
+
+template <class T>
+T* random(size_t n, float scale = 1, float shift = 0) {
+  static uint64_t seed = 1;
+  T* to = static_cast<T*>(pool.take(n * sizeof(T)));
+  fill<T><<<1024, 256>>>(to, n, ++seed, scale, shift);
+  cuda(cudaGetLastError());
+  return to;
+}
+
+template <class T>
+T* upload(const std::vector<T>& values) {
+  T* to = static_cast<T*>(pool.take(values.size() * sizeof(T)));
+  cuda(cudaMemcpy(to, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+  return to;
+}
+
+template <class T>
+std::vector<T> download(const T* from, size_t n) {
+  std::vector<T> values(n);
+  cuda(cudaMemcpy(values.data(), from, n * sizeof(T), cudaMemcpyDeviceToHost));
+  return values;
+}
+
+// --- references ---
+
+template <class T>
+__global__ void reference_linear(FewRowLinear l, int64_t n, double* out) {
+  const int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  if (i >= l.rows * n) return;
+  const int64_t row = i / n;
+  int64_t column = i % n;
+  int part = 0;
+  while (column >= l.parts[part].n) column -= l.parts[part++].n;
+  const T* x = static_cast<const T*>(l.x) + row * l.k;
+  const T* w = static_cast<const T*>(l.parts[part].weight) + column * l.k;
+  double squares = 0, sum = 0;
+  for (int64_t j = 0; j < l.k; ++j) squares += double(float(x[j])) * float(x[j]);
+  const double factor = 1 / sqrt(squares / l.k + l.epsilon);
+  for (int64_t j = 0; j < l.k; ++j) {
+    const double value =
+        l.gamma ? float(x[j]) * factor * float(static_cast<const T*>(l.gamma)[j]) : float(x[j]);
+    sum += value * float(w[j]);
+  }
+  if (l.parts[part].bias) sum += float(static_cast<const T*>(l.parts[part].bias)[column]);
+  out[i] = sum;
+}
+
+/// Where key-value head `kv` of token `t` of sequence `b` lies in a cache; -1: in a bad block, which counts
+/// as zeros.
+__device__ int64_t cache_offset(const DecodeAttention& a, int64_t b, int t, int64_t kv) {
+  const int block = a.block_tables[b * a.table_width + t / a.block_size];
+  if (block < 0 || block >= a.blocks) return -1;
+  return ((block * a.block_size + t % a.block_size) * a.kv_heads + kv) * a.head_size;
+}
+
+/// One thread a query head and token.
+template <class T>
+__global__ void reference_scores(DecodeAttention a, double* scores) {
+  const int64_t i = blockIdx.y, b = i / a.heads, head = i % a.heads, kv = head / (a.heads / a.kv_heads);
+  const int t = blockIdx.x * blockDim.x + threadIdx.x, length = a.seq_len[b], d = a.head_size, half = d / 2;
+  if (t >= length) return;
+  const T* row = static_cast<const T*>(a.qkv) + b * (a.heads + 2 * a.kv_heads) * d;
+  const T *cos = static_cast<const T*>(a.cos) + b * d, *sin = static_cast<const T*>(a.sin) + b * d;
+  auto roped = [&](const T* x, int j) {
+    const double other = j < half ? -double(float(x[j + half])) : double(float(x[j - half]));
+    return double(float(T(float(float(x[j]) * double(float(cos[j])) + other * float(sin[j])))));
+  };
+  const int64_t from = cache_offset(a, b, t, kv);
+  double score = 0;
+  for (int j = 0; j < d; ++j) {
+    const double key = t == length - 1 ? roped(row + (a.heads + kv) * d, j)
+                       : from < 0      ? 0
+                                       : double(float(static_cast<const T*>(a.k_cache)[from + j]));
+    score += roped(row + head * d, j) * key;
+  }
+  scores[i * a.max_context + t] = score * a.scale;
+}
+
+/// One thread an element of the output.
+template <class T>
+__global__ void reference_values(DecodeAttention a, const double* scores, double* out) {
+  const int64_t i = blockIdx.x, b = i / a.heads, head = i % a.heads, kv = head / (a.heads / a.kv_heads);
+  const int j = threadIdx.x, length = a.seq_len[b], d = a.head_size;
+  const T* v =
+      static_cast<const T*>(a.qkv) + (b * (a.heads + 2 * a.kv_heads) + a.heads + a.kv_heads + kv) * d;
+  const double* score = scores + i * a.max_context;
+  double maximum = -INFINITY, sum = 0, value = 0;
+  for (int t = 0; t < length; ++t) maximum = max(maximum, score[t]);
+  for (int t = 0; t < length; ++t) {
+    const double weight = exp(score[t] - maximum);
+    const int64_t from = cache_offset(a, b, t, kv);
+    sum += weight;
+    value += weight * (t == length - 1 ? float(v[j])
+                       : from < 0      ? 0
+                                       : float(static_cast<const T*>(a.v_cache)[from + j]));
+  }
+  out[i * d + j] = length ? value / sum : 0;
+}
+
+// --- checks ---
+
+int failures = 0;
+
+double relative_error(const std::vector<double>& want, const std::function<float(size_t)>& got) {
+  double difference = 0, norm = 1e-30;
+  for (size_t i = 0; i < want.size(); ++i) {
+    const double e = got(i) - want[i];
+    difference += e * e;
+    norm += want[i] * want[i];
+  }
+  const double error = std::sqrt(difference / norm);
+  return error == error ? error : INFINITY;
+}
+
+struct LinearCase {
+  int rows, k;
+  std::vector<int> n;
+  bool norm, bias, residual, swiglu;
+};
+
+template <class T>
+void check_linear(const LinearCase& c, DType dtype, double tolerance) {
+  FewRowLinear l;
+  l.dtype = dtype;
+  l.rows = c.rows;
+  l.k = c.k;
+  l.part_count = static_cast<int>(c.n.size());
+  int64_t n = 0;
+  for (size_t i = 0; i < c.n.size(); ++i) {
+    l.parts[i] = {random<T>(size_t(c.n[i]) * c.k, 1 / std::sqrt(float(c.k))),
+                  c.bias ? random<T>(c.n[i]) : nullptr, c.n[i]};
+    n += c.n[i];
+  }
+  const int64_t units = c.swiglu ? n / 2 : n;
+  l.x = random<T>(size_t(c.rows) * c.k, 2);
+  if (c.norm) l.gamma = random<T>(c.k, 0.5f, 1);
+  l.epsilon = 1e-6f;
+  l.swiglu = c.swiglu;
+  const size_t count = size_t(c.rows) * units, guard = 64;
+  T* y = random<T>(count + guard);
+  const auto before = download(y, count + guard);
+  if (c.residual) l.residual = y;
+  l.y = y;
+  l.workspace = pool.take(few_row_linear_workspace(l));
+  double* sums = static_cast<double*>(pool.take(c.rows * n * sizeof(double)));
+  reference_linear<T><<<(c.rows * n + 127) / 128, 128>>>(l, n, sums);
+  cuda(cudaGetLastError());
+  const auto raw = download(sums, c.rows * n);
+  std::vector<double> want(count);
+  for (size_t i = 0; i < count; ++i) {
+    const size_t row = i / units, u = i % units;
+    const double a = raw[row * n + u];
+    want[i] = c.swiglu ? a / (1 + std::exp(-a)) * raw[row * n + units + u] : a;
+    if (c.residual) want[i] += float(before[i]);
+  }
+  double error = INFINITY;
+  if (few_row_linear_fits(l)) {
+    few_row_linear(l, nullptr);
+    const auto got = download(y, count + guard);
+    error = relative_error(want, [&](size_t i) { return float(got[i]); });
+    if (std::memcmp(&got[count], &before[count], guard * sizeof(T)) != 0) error = INFINITY;
+  }
+  if (!(error < tolerance)) {
+    ++failures;
+    std::printf("FAIL linear %s rows %d k %d n", dtype_name(dtype), c.rows, c.k);
+    for (int part : c.n) std::printf(" %d", part);
+    std::printf(" norm %d bias %d residual %d swiglu %d: error %.3g\n", c.norm, c.bias, c.residual, c.swiglu,
+                error);
+  }
+  pool.reset();
+}
+
+void check_linears() {
+  int cases = 0;
+  for (const int rows : {1, 2, 3, 4, 5, 8, 16, 32, 64, 100, 128}) {
+    std::vector<LinearCase> list;
+    for (const int k : {8, 72, 896, 1000, 3584}) {
+      list.push_back({rows, k, {131}, true, true, false, false});
+      list.push_back({rows, k, {256, 33, 5}, true, true, false, false});
+      list.push_back({rows, k, {897}, false, false, true, false});
+      list.push_back({rows, k, {202, 202}, true, false, false, true});
+      list.push_back({rows, k, {2 * 707}, true, true, true, true});
+    }
+    list.push_back({rows, 4864, {896}, false, false, true, false});
+    list.push_back({rows, 18944, {300}, false, false, true, false});
+    list.push_back({rows, 896, {9728}, true, false, false, true});
+    list.push_back({rows, 64, {1}, true, true, true, false});
+    for (const LinearCase& c : list) {
+      check_linear<__nv_bfloat16>(c, DType::kBFloat16, 6e-3);
+      check_linear<__half>(c, DType::kFloat16, 8e-4);
+      cases += 2;
+    }
+  }
+  std::printf("linear: %d cases, %d failures\n", cases, failures);
+}
+
+struct AttentionCase {
+  int heads, kv_heads, head_size, block_size;
+  std::vector<int> lengths;
+  bool broken = false;  // a bad block, a bad slot and a slot of -1
+};
+
+template <class T>
+void check_attention(const AttentionCase& c, DType dtype, double tolerance) {
+  std::mt19937 generator(7);
+  DecodeAttention a;
+  a.dtype = dtype;
+  a.sequences = c.lengths.size();
+  a.heads = c.heads;
+  a.kv_heads = c.kv_heads;
+  a.head_size = c.head_size;
+  a.scale = 1 / std::sqrt(float(c.head_size));
+  const int64_t b = a.sequences, d = a.head_size;
+  a.qkv = random<T>(b * (c.heads + 2 * c.kv_heads) * d, 2);
+  a.cos = random<T>(b * d);
+  a.sin = random<T>(b * d);
+  a.block_size = c.block_size;
+  const int longest = *std::max_element(c.lengths.begin(), c.lengths.end());
+  a.table_width = longest / c.block_size + 2;
+  a.max_context = a.table_width * a.block_size;
+  a.blocks = b * a.table_width + 3;
+  std::vector<int32_t> order(a.blocks), slots(b), lengths(c.lengths.begin(), c.lengths.end());
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), generator);
+  std::vector<int32_t> tables(order.begin(), order.begin() + b * a.table_width);
+  for (int64_t i = 0; i < b; ++i) {
+    const int at = lengths[i] - 1;
+    slots[i] = at < 0 ? -1 : tables[i * a.table_width + at / c.block_size] * c.block_size + at % c.block_size;
+  }
+  if (c.broken) {
+    slots[0] = -1;
+    slots[1] = static_cast<int32_t>(a.blocks * a.block_size);
+    tables[2 * a.table_width] = static_cast<int32_t>(a.blocks);
+    tables[3 * a.table_width] = -5;
+  }
+  a.block_tables = upload(tables);
+  a.slots = upload(slots);
+  a.seq_len = upload(lengths);
+  const size_t cache = a.blocks * a.block_size * a.kv_heads * d;
+  T *k_cache = random<T>(cache, 2), *v_cache = random<T>(cache);
+  a.k_cache = k_cache;
+  a.v_cache = v_cache;
+  const size_t count = b * c.heads * d;
+  T* y = random<T>(count);
+  a.y = y;
+  a.fault = upload(std::vector<int32_t>{0});
+  a.workspace = pool.take(decode_attention_workspace(a));
+  double* scratch = static_cast<double*>(pool.take(b * c.heads * a.max_context * sizeof(double)));
+  double* out = static_cast<double*>(pool.take(count * sizeof(double)));
+  const auto k_before = download(k_cache, cache);
+  reference_scores<T><<<dim3((longest + 127) / 128, b * c.heads), 128>>>(a, scratch);
+  reference_values<T><<<b * c.heads, d>>>(a, scratch, out);
+  cuda(cudaGetLastError());
+  const auto want = download(out, count);
+  decode_attention(a, nullptr);
+  const auto got = download(y, count);
+  double error = relative_error(want, [&](size_t i) { return float(got[i]); });
+  const auto k_after = download(k_cache, cache), v_after = download(v_cache, cache);
+  const auto qkv = download(static_cast<const T*>(a.qkv), b * (c.heads + 2 * c.kv_heads) * d);
+  size_t changed = 0, expected = 0;
+  for (size_t i = 0; i < cache; i += d) changed += std::memcmp(&k_before[i], &k_after[i], d * sizeof(T)) != 0;
+  for (int64_t i = 0; i < b; ++i) {
+    if (slots[i] < 0 || slots[i] >= a.blocks * a.block_size || lengths[i] == 0) continue;
+    expected += c.kv_heads;
+    const T* v = &qkv[(i * (c.heads + 2 * c.kv_heads) + c.heads + c.kv_heads) * d];
+    if (std::memcmp(v, &v_after[slots[i] * size_t(c.kv_heads) * d], c.kv_heads * d * sizeof(T)) != 0)
+      error = INFINITY;
+  }
+  const bool fault = download(a.fault, 1)[0] != 0;
+  if (!(error < tolerance) || changed != expected || fault != c.broken) {
+    ++failures;
+    std::printf(
+        "FAIL attention %s heads %d/%d d %d block %d B %d longest %d: error %.3g, rows written %zu of %zu, "
+        "fault %d\n",
+        dtype_name(dtype), c.heads, c.kv_heads, c.head_size, c.block_size, int(b), longest, error, changed,
+        expected, fault);
+  }
+  pool.reset();
+}
+
+void check_attentions() {
+  const int before = failures;
+  int cases = 0;
+  const std::vector<std::vector<int>> lengths = {
+      {1}, {2}, {16}, {17}, {500}, {3000}, {0, 1, 33, 129}, {700, 0, 15, 64, 65, 1, 300, 90}};
+  for (const int d : {64, 80, 96, 128, 256}) {
+    for (const auto& [heads, kv_heads] : {std::pair{14, 2}, {4, 4}, {28, 4}, {20, 1}, {32, 1}}) {
+      for (const int block : {16, 128, 24}) {
+        for (const auto& l : lengths) {
+          check_attention<__nv_bfloat16>({heads, kv_heads, d, block, l}, DType::kBFloat16, 6e-3);
+          ++cases;
+        }
+      }
+      check_attention<__half>({heads, kv_heads, d, 32, lengths[7]}, DType::kFloat16, 1e-3);
+      check_attention<__nv_bfloat16>({heads, kv_heads, d, 16, {40, 50, 60, 70, 0}, true}, DType::kBFloat16,
+                                     6e-3);
+      check_attention<__nv_bfloat16>({heads, kv_heads, d, 64, std::vector<int>(100, 77)}, DType::kBFloat16,
+                                     6e-3);
+      cases += 3;
+    }
+  }
+  std::printf("attention: %d cases, %d failures\n", cases, failures - before);
+}
+
+// --- times ---
+
+/// Median milliseconds of a replay of the graph of `work`.
+double time_graph(const std::function<void(cudaStream_t)>& work, int repeats) {
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  cuda(cudaStreamCreate(&stream));
+  cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  work(stream);
+  cuda(cudaStreamEndCapture(stream, &graph));
+  cuda(cudaGraphInstantiate(&executable, graph, 0));
+  std::vector<float> times;
+  cudaEvent_t start, end;
+  cuda(cudaEventCreate(&start));
+  cuda(cudaEventCreate(&end));
+  for (int i = 0; i < repeats + 3; ++i) {
+    cuda(cudaEventRecord(start, stream));
+    cuda(cudaGraphLaunch(executable, stream));
+    cuda(cudaEventRecord(end, stream));
+    cuda(cudaEventSynchronize(end));
+    float ms;
+    cuda(cudaEventElapsedTime(&ms, start, end));
+    if (i >= 3) times.push_back(ms);
+  }
+  cuda(cudaGraphExecDestroy(executable));
+  cuda(cudaGraphDestroy(graph));
+  cuda(cudaStreamDestroy(stream));
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
+}
+
+struct Model {
+  const char* name;
+  int hidden, intermediate, heads, kv_heads, head_size, layers, vocabulary;
+};
+
+constexpr Model kModels[] = {{"7b", 3584, 18944, 28, 4, 128, 28, 152064},
+                             {"1.5b", 1536, 8960, 12, 2, 128, 28, 151936},
+                             {"0.5b", 896, 4864, 14, 2, 64, 24, 151936}};
+
+using Bf16 = __nv_bfloat16;
+
+/// A decoder's layer stack with random weights, the caches of `rows` sequences and all intermediate tensors.
+class Stack {
+ public:
+  Stack(const Model& model, int rows, int context) : m_(model), rows_(rows), context_(context) {
+    const int64_t q = int64_t{m_.heads} * m_.head_size, kv = int64_t{m_.kv_heads} * m_.head_size;
+    weights_ = layer_weights() * m_.layers + int64_t{m_.vocabulary} * m_.hidden;
+    weight_ = random<Bf16>(weights_, 0.02f);
+    gamma_ = random<Bf16>(m_.hidden * (2 * m_.layers + 1), 0.2f, 1);
+    bias_ = random<Bf16>((q + 2 * kv) * m_.layers);
+    hidden_ = random<Bf16>(int64_t{rows} * m_.hidden);
+    qkv_ = random<Bf16>(rows * (q + 2 * kv));
+    attended_ = random<Bf16>(rows * q);
+    inner_ = random<Bf16>(int64_t{rows} * m_.intermediate);
+    logits_ = random<Bf16>(int64_t{rows} * m_.vocabulary);
+    workspace_ = pool.take(size_t(rows) * m_.hidden * 2);
+    width_ = context / kBlock + 1;
+    blocks_ = rows * width_;
+    cache_ = blocks_ * kBlock * kv;
+    caches_ = random<Bf16>(cache_ * 2 * m_.layers);
+    cos_ = random<Bf16>(rows * m_.head_size);
+    std::vector<int32_t> tables(blocks_), slots(rows), lengths(rows, context);
+    std::iota(tables.begin(), tables.end(), 0);
+    std::shuffle(tables.begin(), tables.end(), std::mt19937(1));
+    for (int i = 0; i < rows; ++i)
+      slots[i] = tables[i * width_ + (context - 1) / kBlock] * kBlock + (context - 1) % kBlock;
+    tables_ = upload(tables);
+    slots_ = upload(slots);
+    lengths_ = upload(lengths);
+    fault_ = upload(std::vector<int32_t>{0});
+  }
+
+  int64_t layer_weights() const {
+    return int64_t{m_.hidden} * (2 * m_.heads + 2 * m_.kv_heads) * m_.head_size +
+           3 * int64_t{m_.hidden} * m_.intermediate;
+  }
+  int64_t kv_bytes() const { return 4LL * rows_ * context_ * m_.kv_heads * m_.head_size; }  // of a layer
+  int64_t weights() const { return weights_; }
+
+  /// The launch of one kernel with its weights at `offset` elements of all weights. Returns the weights'
+  /// elements.
+  int64_t qkv(int64_t offset, int layer, cudaStream_t s) {
+    const int64_t n = int64_t{m_.heads + 2 * m_.kv_heads} * m_.head_size;
+    FewRowLinear l = linear(offset, m_.hidden, {n}, hidden_, qkv_);
+    l.parts[0].bias = bias_ + n * layer;
+    l.gamma = gamma_ + 2 * layer * m_.hidden;
+    few_row_linear(l, s);
+    return n * m_.hidden;
+  }
+  void attention(int layer, cudaStream_t s) {
+    DecodeAttention a;
+    a.sequences = rows_;
+    a.heads = m_.heads;
+    a.kv_heads = m_.kv_heads;
+    a.head_size = m_.head_size;
+    a.scale = 1 / std::sqrt(float(m_.head_size));
+    a.qkv = qkv_;
+    a.cos = a.sin = cos_;
+    a.k_cache = caches_ + cache_ * 2 * layer;
+    a.v_cache = caches_ + cache_ * (2 * layer + 1);
+    a.block_size = kBlock;
+    a.block_tables = tables_;
+    a.table_width = width_;
+    a.max_context = width_ * kBlock;
+    a.blocks = blocks_;
+    a.slots = slots_;
+    a.seq_len = lengths_;
+    a.y = attended_;
+    a.fault = fault_;
+    decode_attention(a, s);
+  }
+  int64_t o(int64_t offset, int, cudaStream_t s) {
+    const int64_t k = int64_t{m_.heads} * m_.head_size;
+    FewRowLinear l = linear(offset, k, {m_.hidden}, attended_, hidden_);
+    l.residual = hidden_;
+    few_row_linear(l, s);
+    return k * m_.hidden;
+  }
+  int64_t gate_up(int64_t offset, int layer, cudaStream_t s) {
+    FewRowLinear l = linear(offset, m_.hidden, {2 * m_.intermediate}, hidden_, inner_);
+    l.gamma = gamma_ + (2 * layer + 1) * m_.hidden;
+    l.swiglu = true;
+    few_row_linear(l, s);
+    return 2LL * m_.hidden * m_.intermediate;
+  }
+  int64_t down(int64_t offset, int, cudaStream_t s) {
+    FewRowLinear l = linear(offset, m_.intermediate, {m_.hidden}, inner_, hidden_);
+    l.residual = hidden_;
+    few_row_linear(l, s);
+    return int64_t{m_.hidden} * m_.intermediate;
+  }
+  int64_t head(int64_t offset, int, cudaStream_t s) {
+    FewRowLinear l = linear(offset, m_.hidden, {m_.vocabulary}, hidden_, logits_);
+    l.gamma = gamma_ + 2 * m_.layers * m_.hidden;
+    few_row_linear(l, s);
+    return int64_t{m_.hidden} * m_.vocabulary;
+  }
+  void step(cudaStream_t s) {
+    int64_t at = 0;
+    for (int layer = 0; layer < m_.layers; ++layer) {
+      at += qkv(at, layer, s);
+      attention(layer, s);
+      at += o(at, layer, s);
+      at += gate_up(at, layer, s);
+      at += down(at, layer, s);
+    }
+    head(at, 0, s);
+  }
+
+ private:
+  static constexpr int64_t kBlock = 128;
+
+  FewRowLinear linear(int64_t offset, int64_t k, std::vector<int64_t> n, const Bf16* x, Bf16* y) {
+    FewRowLinear l;
+    l.rows = rows_;
+    l.k = k;
+    for (const int64_t part : n) {
+      l.parts[l.part_count++] = {weight_ + offset, nullptr, part};
+      offset += part * k;
+    }
+    l.x = x;
+    l.epsilon = 1e-6f;
+    l.y = y;
+    l.workspace = workspace_;
+    return l;
+  }
+
+  Model m_;
+  int rows_, context_;
+  int64_t weights_, width_, blocks_, cache_;
+  Bf16 *weight_, *gamma_, *bias_, *hidden_, *qkv_, *attended_, *inner_, *logits_, *caches_, *cos_;
+  int32_t *tables_, *slots_, *lengths_, *fault_;
+  void* workspace_;
+};
+
+void report(const char* name, double us, double bytes) {
+  std::printf("  %-10s %8.2f us %8.0f GB/s  %5.1f %% of the read rate\n", name, us, bytes / us * 1e-3,
+              bytes / us * 1e8 / kReadRate);
+}
+
+void time_model(const Model& model, int rows, int context) {
+  Stack stack(model, rows, context);
+  std::printf("%s %d x %d\n", model.name, rows, context);
+  using Launch = int64_t (Stack::*)(int64_t, int, cudaStream_t);
+  const std::pair<const char*, Launch> kernels[] = {{"qkv", &Stack::qkv},
+                                                    {"o", &Stack::o},
+                                                    {"gate_up", &Stack::gate_up},
+                                                    {"down", &Stack::down},
+                                                    {"lm_head", &Stack::head}};
+  for (const auto& [name, launch] : kernels) {
+    const bool head = launch == &Stack::head;
+    const int count = head ? 4 : 2 * model.layers;
+    int64_t elements = 0;
+    const double ms = time_graph(
+        [&](cudaStream_t s) {
+          int64_t at = 0;
+          for (int i = 0; i < count; ++i) {
+            if (at + elements > stack.weights()) at = 0;
+            elements = (stack.*launch)(at, i % model.layers, s);
+            at += elements;
+          }
+        },
+        10);
+    report(name, ms * 1e3 / count, elements * 2.0);
+  }
+  const double attention = time_graph(
+      [&](cudaStream_t s) {
+        for (int i = 0; i < 2 * model.layers; ++i) stack.attention(i % model.layers, s);
+      },
+      10);
+  report("attention", attention * 1e3 / (2 * model.layers), stack.kv_bytes());
+  const double step = time_graph([&](cudaStream_t s) { stack.step(s); }, 15);
+  const double bytes = stack.weights() * 2.0 + stack.kv_bytes() * double(model.layers);
+  std::printf("  step %.3f ms, floor %.3f ms (x %.3f)\n", step, bytes / kReadRate * 1e3,
+              step / (bytes / kReadRate * 1e3));
+  pool.reset();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string mode = argc > 1 ? argv[1] : "";
+  if (mode == "check") {
+    check_linears();
+    check_attentions();
+    return failures != 0;
+  }
+  if (mode == "time" && argc == 5) {
+    for (const Model& model : kModels) {
+      if (std::strcmp(model.name, argv[2]) == 0) time_model(model, std::atoi(argv[3]), std::atoi(argv[4]));
+    }
+    return 0;
+  }
+  std::printf("usage: decode_kernels check | time 7b|1.5b|0.5b ROWS CONTEXT\n");
+  return 2;
+}

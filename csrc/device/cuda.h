@@ -1,0 +1,123 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/dtype.h"
+#include "device/cuda_gemm.h"
+#include "graph/plan.h"
+#include "graph/session.h"
+
+namespace modeltorch {
+
+/// Device memory of torch's allocator.
+class CudaMemory {
+ public:
+  virtual ~CudaMemory() = default;
+  virtual std::byte* data() const = 0;
+
+  /// Tells the allocator that work on the current stream uses the memory too.
+  virtual void use_on_current_stream() = 0;
+};
+using CudaMemoryPtr = std::unique_ptr<CudaMemory>;
+
+/// What torch does for this floor. csrc/torch/cuda_backend.cpp installs it at load.
+struct CudaHost {
+  cudaStream_t (*current_stream)(int device);           ///< of the calling thread
+  CudaMemoryPtr (*allocate)(size_t bytes, int device);  ///< memory for work on the current stream
+};
+
+void set_cuda_host(const CudaHost& host);
+const CudaHost& cuda_host();
+
+/// Throws a runtime error that names the call and what the driver says of it, unless `code` is 0.
+void check_cuda(cudaError_t code, const char* call);
+
+/// What a kernel found outside its range, and therefore did not touch. A kernel sets the flag of the kind to
+/// something other than 0.
+enum class CudaFault : uint8_t {
+  kRow,    ///< an id, a position or another row index
+  kSlot,   ///< a slot of the cache
+  kBlock,  ///< a block of the cache or a sequence length
+};
+inline constexpr int kCudaFaultCount = 3;
+
+/// Memory of the host that kernels write to as they run: reading it waits for nobody.
+class CudaFaults {
+ public:
+  CudaFaults();
+  ~CudaFaults();
+  CudaFaults(const CudaFaults&) = delete;
+  CudaFaults& operator=(const CudaFaults&) = delete;
+
+  /// The flag for kernels.
+  int32_t* flag(CudaFault kind) const { return on_device_ + static_cast<int>(kind); }
+
+  /// Throws, once, if a kernel that has ended by now set a flag.
+  void raise();
+
+ private:
+  volatile int32_t* on_host_ = nullptr;
+  int32_t* on_device_ = nullptr;
+};
+
+/// One object on a CUDA device: the caller's current stream, the faults that its kernels found, and captured
+/// graphs of the plans that can be padded.
+///
+/// The stream is read at every step. After a switch the new stream waits, on the device, for what the object
+/// launched on the old one. A plan whose graph says can_pad runs at the sizes of its bucket: one launch
+/// copies the step's inputs into static buffers and pads them, then the nodes run as a captured graph, and
+/// those that write outputs after it, straight into the caller's tensors where these have the bucket's rows.
+/// Tables, weights and caches are captured by address; a step that brings others captures anew. Under the
+/// caller's own capture, a profiler, MODELTORCH_TRACE or MODELTORCH_BLOCKING the same launches are made one
+/// by one.
+class CudaSession final : public DeviceSession {
+ public:
+  explicit CudaSession(Device device);
+  ~CudaSession() override;
+
+  size_t alignment() const override { return 256; }
+  void run(Plan& plan, const StepInfo& step) override;
+  void settle() override;
+  std::map<std::string, int64_t> counters() const override;
+
+  // For the kernels.
+  int32_t* fault(CudaFault kind) const { return faults_.flag(kind); }
+  CudaGemm& gemm() { return gemm_; }
+
+ private:
+  class StagedPlan;
+
+  void follow_current_stream();
+  bool is_capturing(cudaStream_t stream) const;
+  void run_nodes(Plan& plan, const StepInfo& step, size_t begin, size_t end, cudaStream_t stream);
+  void run_staged(Plan& plan, const StepInfo& step);
+  TensorView bind_output(Plan& plan, int32_t value, bool is_full);
+  void copy_output(const TensorView& from, const TensorView& to);
+  void capture(Plan& plan, StagedPlan& staged, const StepInfo& step, size_t end);
+
+  CudaFaults faults_;
+  CudaGemm gemm_;
+  cudaStream_t stream_ = nullptr;
+  bool has_stream_ = false;
+  cudaEvent_t switched_ = nullptr;
+  cudaStream_t capture_stream_ = nullptr;
+  CudaMemoryPtr
+      output_;  ///< of the steps whose outputs have fewer rows than their bucket; shared by all plans
+  size_t output_bytes_ = 0;
+  int64_t captures_ = 0;
+  int64_t replays_ = 0;
+  int64_t held_graphs_ = 0;
+  int64_t graph_bytes_ = 0;
+};
+
+/// The session that a CUDA kernel is set up for.
+CudaSession& cuda_session(const KernelSetup& setup);
+
+}  // namespace modeltorch

@@ -1,0 +1,102 @@
+#include "ops/decode_attention.h"
+
+#include <algorithm>
+
+#include "core/check.h"
+#include "ops/decode_attention_kernel.cuh"
+#include "ops/decode_launch.cuh"
+
+namespace modeltorch {
+namespace {
+
+bool aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+/// Blocks that share the context of one sequence and key-value head: enough to keep the device's
+/// multiprocessors busy, no more than the longest context has work for.
+int split_count(const DecodeAttention& attention, int head_tiles) {
+  const DecodeDevice& device = decode_device();
+  if (!device.hopper) return 1;
+  const int64_t work = attention.sequences * attention.kv_heads * head_tiles;
+  const int64_t tiles = (attention.max_context + kDecodeTokens - 1) / kDecodeTokens;
+  int splits = 1;
+  while (splits < kDecodeMaxSplits && work * splits * 2 <= 4 * device.multiprocessors &&
+         splits * kDecodeWarps < tiles) {
+    splits *= 2;
+  }
+  return splits;
+}
+
+template <class T, int kD>
+void launch_shape(const DecodeAttention& attention, const DecodeAttentionParams& params, void* stream) {
+  using Shape = DecodeShape<kD>;
+  const auto kernel = decode_attention_kernel<T, Shape>;
+  allow_shared_memory(kernel, Shape::kBytes);
+  const dim3 grid(params.splits, params.kv_heads * params.head_tiles, attention.sequences);
+  launch_kernel(kernel, params, grid, kDecodeThreads, Shape::kBytes, params.splits, stream,
+                "decode_attention");
+}
+
+template <class T>
+void launch_dtype(const DecodeAttention& attention, const DecodeAttentionParams& params, void* stream) {
+  switch (attention.head_size) {
+    case 64:
+      return launch_shape<T, 64>(attention, params, stream);
+    case 80:
+      return launch_shape<T, 80>(attention, params, stream);
+    case 96:
+      return launch_shape<T, 96>(attention, params, stream);
+    case 128:
+      return launch_shape<T, 128>(attention, params, stream);
+    default:
+      return launch_shape<T, 256>(attention, params, stream);
+  }
+}
+
+}  // namespace
+
+bool decode_attention_fits(const DecodeAttention& attention) {
+  const DecodeAttention& a = attention;
+  if (a.dtype != DType::kBFloat16 && a.dtype != DType::kFloat16) return false;
+  const int d = a.head_size;
+  if (d != 64 && d != 80 && d != 96 && d != 128 && d != 256) return false;
+  if (a.kv_heads < 1 || a.heads < 1 || a.heads % a.kv_heads != 0) return false;
+  if (a.sequences < 1 || a.sequences > 65535 || a.block_size < 1 || a.table_width < 1) return false;
+  if (a.blocks * a.block_size >= (int64_t{1} << 31) || a.table_width * a.block_size >= (int64_t{1} << 31))
+    return false;
+  return aligned(a.qkv) && aligned(a.cos) && aligned(a.sin) && aligned(a.k_cache) && aligned(a.v_cache);
+}
+
+size_t decode_attention_workspace(const DecodeAttention&) {
+  return 0;
+}
+
+void decode_attention(const DecodeAttention& attention, void* stream) {
+  check(decode_attention_fits(attention), "decode_attention: head size ", attention.head_size, ", ",
+        attention.heads, " heads, ", attention.kv_heads, " key-value heads do not fit");
+  constexpr float kLog2E = 1.4426950408889634f;
+  DecodeAttentionParams params{};
+  params.qkv = attention.qkv;
+  params.cos = attention.cos;
+  params.sin = attention.sin;
+  params.k_cache = attention.k_cache;
+  params.v_cache = attention.v_cache;
+  params.y = attention.y;
+  params.block_tables = attention.block_tables;
+  params.slots = attention.slots;
+  params.seq_len = attention.seq_len;
+  params.fault = attention.fault;
+  params.table_width = attention.table_width;
+  params.heads = attention.heads;
+  params.kv_heads = attention.kv_heads;
+  params.block_size = static_cast<int>(attention.block_size);
+  params.blocks = static_cast<int>(attention.blocks);
+  params.head_tiles = (attention.heads / attention.kv_heads + kDecodeHeads - 1) / kDecodeHeads;
+  params.splits = split_count(attention, params.head_tiles);
+  params.scale_log2 = attention.scale * kLog2E;
+  if (attention.dtype == DType::kBFloat16) return launch_dtype<__nv_bfloat16>(attention, params, stream);
+  return launch_dtype<__half>(attention, params, stream);
+}
+
+}  // namespace modeltorch

@@ -1,0 +1,414 @@
+#pragma once
+
+// One cluster of blocks serves one sequence and one key-value head (with up to 16 of its query heads): each
+// block takes a part of the context, each of its four warps a part of that, sixteen tokens at a time through
+// a ring of its own in shared memory. The new token never goes through the cache: the first warp of the first
+// block starts from it. Warps meet in shared memory, blocks through the shared memory of their cluster, in a
+// fixed order.
+
+#include "ops/decode_ptx.cuh"
+
+namespace modeltorch {
+
+inline constexpr int kDecodeWarps = 4;
+inline constexpr int kDecodeThreads = kDecodeWarps * 32;
+inline constexpr int kDecodeTokens = 16;  // of a tile
+inline constexpr int kDecodeHeads = 16;   // query heads of a block, at most
+inline constexpr int kDecodeMaxSplits = 8;
+
+struct DecodeAttentionParams {
+  const void *qkv, *cos, *sin;
+  void *k_cache, *v_cache, *y;
+  const int32_t *block_tables, *slots, *seq_len;
+  int32_t* fault;
+  int64_t table_width;
+  int heads, kv_heads, block_size, blocks, splits, head_tiles;
+  float scale_log2;  // scale * log2(e)
+};
+
+/// Sizes in shared memory for one head size.
+template <int kDv>
+struct DecodeShape {
+  static constexpr int kD = kDv;
+  static constexpr int kPitch = kD * 2 + 16;  // bytes of a row; eight rows meet no bank twice
+  static constexpr int kTileBytes = 2 * kDecodeTokens * kPitch;
+  static constexpr int kStages = kD <= 96 ? 4 : kD <= 128 ? 3 : 2;
+  static constexpr int kRingBytes = kStages * kTileBytes;  // of one warp
+  static constexpr int kSumPitch = kD + 8;                 // floats
+  static constexpr int kQueryOffset = kDecodeWarps * kRingBytes;
+  static constexpr int kNewKeyOffset = kQueryOffset + kDecodeHeads * kPitch;
+  static constexpr int kNewValueOffset = kNewKeyOffset + kPitch;
+  static constexpr int kStateOffset =
+      kNewValueOffset + kPitch;  // float [warps + 1][2][heads]: maxima and sums
+  static constexpr int kBytes = kStateOffset + (kDecodeWarps + 1) * 2 * kDecodeHeads * 4;
+  static_assert(kDecodeHeads * kSumPitch * 4 <= kRingBytes, "sums take the place of the ring");
+};
+
+namespace decode {
+
+/// What a block works on.
+struct Place {
+  int split, kv_head, head, heads, sequence;  // head: the first of `heads` query heads
+  int length, cached;                         // context, and how much of it lies in the cache
+
+  __device__ Place(const DecodeAttentionParams& p) {
+    split = blockIdx.x;
+    const int group = p.heads / p.kv_heads;
+    kv_head = blockIdx.y / p.head_tiles;
+    const int tile = blockIdx.y % p.head_tiles;
+    head = kv_head * group + tile * kDecodeHeads;
+    heads = min(kDecodeHeads, group - tile * kDecodeHeads);
+    sequence = blockIdx.z;
+    length = p.seq_len[sequence];
+    const int64_t room = p.table_width * p.block_size;
+    if (length > room || length < 0) {
+      if (threadIdx.x == 0) *p.fault = 1;
+      length = length < 0 ? 0 : static_cast<int>(room);
+    }
+    cached = max(length - 1, 0);
+  }
+};
+
+/// Starts the copies of one tile of keys and values. Tokens beyond the context and tokens in bad blocks
+/// become zeros.
+template <class T, class Shape>
+__device__ __forceinline__ void load_tile(const DecodeAttentionParams& p, const Place& place, int tile,
+                                          uint32_t to) {
+  const int lane = threadIdx.x & 31;
+  const int token = tile * kDecodeTokens + (lane & (kDecodeTokens - 1));
+  int row = -1;  // of the cache, all blocks in one
+  if (token < place.cached) {
+    const int entry = token / p.block_size;
+    const int block = __ldg(p.block_tables + place.sequence * p.table_width + entry);
+    if (block >= 0 && block < p.blocks) {
+      row = block * p.block_size + token - entry * p.block_size;
+    } else {
+      *p.fault = 1;
+    }
+  }
+  constexpr int kVectors = Shape::kD / 8;
+#pragma unroll
+  for (int i = 0; i < kDecodeTokens * kVectors / 32; ++i) {
+    const int vector = i * 32 + lane;
+    const int at = vector / kVectors, column = vector % kVectors * 8;
+    const int from = __shfl_sync(~0u, row, at);
+    const int64_t offset =
+        (static_cast<int64_t>(max(from, 0)) * p.kv_heads + place.kv_head) * Shape::kD + column;
+    const uint32_t there = to + at * Shape::kPitch + column * 2;
+    ptx::copy_async_16(there, static_cast<const T*>(p.k_cache) + offset, from >= 0);
+    ptx::copy_async_16(there + kDecodeTokens * Shape::kPitch, static_cast<const T*>(p.v_cache) + offset,
+                       from >= 0);
+  }
+}
+
+/// Eight elements of both halves of a head, rotated: x * cos + cat(-x2, x1) * sin.
+template <class T>
+__device__ __forceinline__ void rotate(uint4& low, uint4& high, const T* cos, const T* sin, int half) {
+  auto load = [](const T* from) { return __ldcg(reinterpret_cast<const uint4*>(from)); };
+  const uint4 cos_low = load(cos), cos_high = load(cos + half), sin_low = load(sin),
+              sin_high = load(sin + half);
+  auto turn = [](uint32_t& a, uint32_t& b, uint32_t ca, uint32_t cb, uint32_t sa, uint32_t sb) {
+    const float2 x = ptx::unpack<T>(a), y = ptx::unpack<T>(b);
+    const float2 cx = ptx::unpack<T>(ca), cy = ptx::unpack<T>(cb), sx = ptx::unpack<T>(sa),
+                 sy = ptx::unpack<T>(sb);
+    a = ptx::pack<T>(x.x * cx.x - y.x * sx.x, x.y * cx.y - y.y * sx.y);
+    b = ptx::pack<T>(y.x * cy.x + x.x * sy.x, y.y * cy.y + x.y * sy.y);
+  };
+  turn(low.x, high.x, cos_low.x, cos_high.x, sin_low.x, sin_high.x);
+  turn(low.y, high.y, cos_low.y, cos_high.y, sin_low.y, sin_high.y);
+  turn(low.z, high.z, cos_low.z, cos_high.z, sin_low.z, sin_high.z);
+  turn(low.w, high.w, cos_low.w, cos_high.w, sin_low.w, sin_high.w);
+}
+
+/// Rotates this block's query heads into shared memory. The first block of a cluster does the same with the
+/// new key, takes the new value, and writes both to the cache if it is the one of its key-value head to do
+/// so.
+template <class T, class Shape>
+__device__ __forceinline__ void fetch_new_token(const DecodeAttentionParams& p, const Place& place,
+                                                char* shared) {
+  constexpr int kD = Shape::kD, kHalf = kD / 2, kVectors = kHalf / 8;
+  const T* row =
+      static_cast<const T*>(p.qkv) + static_cast<int64_t>(place.sequence) * (p.heads + 2 * p.kv_heads) * kD;
+  const T* cos = static_cast<const T*>(p.cos) + static_cast<int64_t>(place.sequence) * kD;
+  const T* sin = static_cast<const T*>(p.sin) + static_cast<int64_t>(place.sequence) * kD;
+  const bool owner = place.split == 0;
+  int64_t cache_row = -1;
+  if (owner && blockIdx.y % p.head_tiles == 0) {
+    cache_row = p.slots[place.sequence];
+    if (cache_row < -1 || cache_row >= static_cast<int64_t>(p.blocks) * p.block_size) {
+      *p.fault = 1;
+      cache_row = -1;
+    }
+  }
+  const int64_t cache_offset = (cache_row * p.kv_heads + place.kv_head) * kD;
+  auto vector = [](void* to) -> uint4& { return *static_cast<uint4*>(to); };
+
+  for (int i = threadIdx.x; i < (place.heads + owner) * kVectors; i += kDecodeThreads) {
+    const int head = i / kVectors, column = i % kVectors * 8;
+    const bool key = head == place.heads;
+    const T* from =
+        row + static_cast<int64_t>(key ? p.heads + place.kv_head : place.head + head) * kD + column;
+    uint4 low = __ldcg(reinterpret_cast<const uint4*>(from));
+    uint4 high = __ldcg(reinterpret_cast<const uint4*>(from + kHalf));
+    rotate(low, high, cos + column, sin + column, kHalf);
+    char* to =
+        shared + (key ? Shape::kNewKeyOffset : Shape::kQueryOffset + head * Shape::kPitch) + column * 2;
+    vector(to) = low;
+    vector(to + kHalf * 2) = high;
+    if (key && cache_row >= 0) {
+      vector(static_cast<T*>(p.k_cache) + cache_offset + column) = low;
+      vector(static_cast<T*>(p.k_cache) + cache_offset + column + kHalf) = high;
+    }
+  }
+  if (!owner) return;
+  for (int i = kDecodeThreads - 1 - threadIdx.x; i < kD / 8; i += kDecodeThreads) {
+    const uint4 value = __ldcg(reinterpret_cast<const uint4*>(
+        row + static_cast<int64_t>(p.heads + p.kv_heads + place.kv_head) * kD + i * 8));
+    vector(shared + Shape::kNewValueOffset + i * 16) = value;
+    if (cache_row >= 0) vector(static_cast<T*>(p.v_cache) + cache_offset + i * 8) = value;
+  }
+}
+
+/// The running softmax of one warp: rows lane / 4 and lane / 4 + 8 of the query heads.
+template <class Shape>
+struct State {
+  float maximum[2] = {-INFINITY, -INFINITY};  // of scores times log2(e)
+  float sum[2] = {};                          // of this lane's columns
+  float out[Shape::kD / 8][4] = {};
+};
+
+/// Scores of sixteen tokens, unscaled.
+template <class T, class Shape>
+__device__ __forceinline__ void score(float (&s)[2][4], uint32_t query, uint32_t keys) {
+#pragma unroll
+  for (int i = 0; i < Shape::kD / 16; ++i) {
+    uint32_t q[4], k[4];
+    ptx::load_matrix_x4(q, query + i * 32);
+    ptx::load_matrix_x4(k, keys + i * 32);
+    ptx::multiply_add<T>(s[0], q, k[0], k[1]);
+    ptx::multiply_add<T>(s[1], q, k[2], k[3]);
+  }
+}
+
+/// Starts the state from the new token alone.
+template <class T, class Shape>
+__device__ __forceinline__ void start_from_new_token(const DecodeAttentionParams& p, State<Shape>& state,
+                                                     char* shared, uint32_t query) {
+  const int lane = threadIdx.x & 31;
+  float s[2][4] = {};
+  // Every row of the tile is the new key, so every column is its score.
+  score<T, Shape>(s, query, ptx::shared_address(shared + Shape::kNewKeyOffset) + lane / 8 % 2 * 16);
+  for (int r = 0; r < 2; ++r) {
+    state.maximum[r] = s[0][2 * r] * p.scale_log2;
+    state.sum[r] = lane % 4 == 0 ? 1.0f : 0.0f;
+  }
+  const uint32_t* value = reinterpret_cast<const uint32_t*>(shared + Shape::kNewValueOffset);
+#pragma unroll
+  for (int i = 0; i < Shape::kD / 8; ++i) {
+    const float2 v = ptx::unpack<T>(value[i * 4 + lane % 4]);
+    state.out[i][0] = state.out[i][2] = v.x;
+    state.out[i][1] = state.out[i][3] = v.y;
+  }
+}
+
+/// Adds one tile of which the first `tokens` count.
+template <class T, class Shape>
+__device__ __forceinline__ void add_tile(const DecodeAttentionParams& p, State<Shape>& state, uint32_t query,
+                                         uint32_t tile, int tokens) {
+  const int lane = threadIdx.x & 31;
+  float s[2][4] = {};
+  score<T, Shape>(s, query, tile + (lane / 16 * 8 + lane % 8) * Shape::kPitch + lane / 8 % 2 * 16);
+  float factor[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float maximum = state.maximum[r];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float& x = s[j / 2][2 * r + j % 2];
+      x = j / 2 * 8 + lane % 4 * 2 + j % 2 < tokens ? x * p.scale_log2 : -INFINITY;
+      maximum = fmaxf(maximum, x);
+    }
+    maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
+    maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
+    factor[r] = exp2f(state.maximum[r] - maximum);
+    state.maximum[r] = maximum;
+    state.sum[r] *= factor[r];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float& x = s[j / 2][2 * r + j % 2];
+      x = exp2f(x - maximum);
+      state.sum[r] += x;
+    }
+  }
+  const uint32_t weights[4] = {ptx::pack<T>(s[0][0], s[0][1]), ptx::pack<T>(s[0][2], s[0][3]),
+                               ptx::pack<T>(s[1][0], s[1][1]), ptx::pack<T>(s[1][2], s[1][3])};
+  const uint32_t values = tile + (kDecodeTokens + lane % 16) * Shape::kPitch + lane / 16 * 16;
+#pragma unroll
+  for (int i = 0; i < Shape::kD / 16; ++i) {
+    uint32_t v[4];
+    ptx::load_matrix_x4_transposed(v, values + i * 32);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      float (&out)[4] = state.out[2 * i + j];
+      out[0] *= factor[0];
+      out[1] *= factor[0];
+      out[2] *= factor[1];
+      out[3] *= factor[1];
+      ptx::multiply_add<T>(out, weights, v[2 * j], v[2 * j + 1]);
+    }
+  }
+}
+
+/// Writes the state of this warp to where its ring was.
+template <class Shape>
+__device__ __forceinline__ void store_state(State<Shape>& state, int heads, char* shared) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  float* out = reinterpret_cast<float*>(shared + warp * Shape::kRingBytes);
+  float* scalars = reinterpret_cast<float*>(shared + Shape::kStateOffset) + warp * 2 * kDecodeHeads;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float sum = state.sum[r];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    const int head = lane / 4 + 8 * r;
+    if (head >= heads) continue;
+    if (lane % 4 == 0) {
+      scalars[head] = state.maximum[r];
+      scalars[kDecodeHeads + head] = sum;
+    }
+#pragma unroll
+    for (int i = 0; i < Shape::kD / 8; ++i) {
+      *reinterpret_cast<float2*>(out + head * Shape::kSumPitch + i * 8 + lane % 4 * 2) = {
+          state.out[i][2 * r], state.out[i][2 * r + 1]};
+    }
+  }
+}
+
+/// Weights of several partial softmaxes in their union, and the union's maximum and sum.
+template <int kParts>
+struct Merge {
+  float factor[kParts], maximum = -INFINITY, sum = 0;
+
+  template <class Load>
+  __device__ Merge(int parts, Load load) {
+    float sums[kParts];
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      factor[i] = i < parts ? load(i, 0) : -INFINITY;
+      sums[i] = i < parts ? load(i, 1) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) maximum = fmaxf(maximum, factor[i]);
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      factor[i] = maximum == -INFINITY ? 0 : exp2f(factor[i] - maximum);
+      sum += factor[i] * sums[i];
+    }
+  }
+};
+
+/// Joins the warps, then the blocks of the cluster, and writes y.
+template <class T, class Shape>
+__device__ __forceinline__ void join(const DecodeAttentionParams& p, const Place& place, char* shared) {
+  constexpr int kD = Shape::kD;
+  const float* scalars = reinterpret_cast<const float*>(shared + Shape::kStateOffset);
+  float* joined = reinterpret_cast<float*>(shared + Shape::kStateOffset) + kDecodeWarps * 2 * kDecodeHeads;
+  T* y = static_cast<T*>(p.y) + (static_cast<int64_t>(place.sequence) * p.heads + place.head) * kD;
+  for (int e = threadIdx.x; e < place.heads * kD; e += kDecodeThreads) {
+    const int head = e / kD, column = e % kD;
+    const Merge<kDecodeWarps> merge(
+        kDecodeWarps, [&](int warp, int what) { return scalars[(warp * 2 + what) * kDecodeHeads + head]; });
+    float* out = reinterpret_cast<float*>(shared) + head * Shape::kSumPitch + column;
+    float value = 0;
+#pragma unroll
+    for (int warp = 0; warp < kDecodeWarps; ++warp)
+      value += merge.factor[warp] * out[warp * Shape::kRingBytes / 4];
+    if (p.splits == 1) {
+      y[e] = ptx::from_float<T>(value / merge.sum);
+    } else {
+      *out = value;
+      if (column == 0) {
+        joined[head] = merge.maximum;
+        joined[kDecodeHeads + head] = merge.sum;
+      }
+    }
+  }
+#if MODELTORCH_PTX_HOPPER
+  if (p.splits == 1) return;
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  const uint32_t joined_address = ptx::shared_address(joined), out_address = ptx::shared_address(shared);
+  for (int e = place.split * kDecodeThreads + threadIdx.x; e < place.heads * kD;
+       e += p.splits * kDecodeThreads) {
+    const int head = e / kD, column = e % kD;
+    float parts[kDecodeMaxSplits];
+#pragma unroll
+    for (int i = 0; i < kDecodeMaxSplits; ++i) {
+      parts[i] = i < p.splits ? ptx::load_remote(out_address + (head * Shape::kSumPitch + column) * 4, i) : 0;
+    }
+    const Merge<kDecodeMaxSplits> merge(p.splits, [&](int split, int what) {
+      return ptx::load_remote(joined_address + (what * kDecodeHeads + head) * 4, split);
+    });
+    float value = 0;
+#pragma unroll
+    for (int i = 0; i < kDecodeMaxSplits; ++i) value += merge.factor[i] * parts[i];
+    y[e] = ptx::from_float<T>(value / merge.sum);
+  }
+  ptx::cluster_arrive();  // nobody leaves while others read its memory
+  ptx::cluster_wait();
+#endif
+}
+
+}  // namespace decode
+
+/// Grid: (splits, kv_heads * head_tiles, sequences), clusters of `splits` blocks.
+template <class T, class Shape>
+__global__ void __launch_bounds__(kDecodeThreads)
+    decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p) {
+  using namespace decode;
+  extern __shared__ __align__(128) char shared[];
+  ptx::launch_dependents();
+  const Place place(p);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  const int tiles = (place.cached + kDecodeTokens - 1) / kDecodeTokens;
+  const int workers = p.splits * kDecodeWarps, worker = place.split * kDecodeWarps + warp;
+  int tile = static_cast<int>(static_cast<int64_t>(tiles) * worker / workers);
+  const int end = static_cast<int>(static_cast<int64_t>(tiles) * (worker + 1) / workers);
+  const uint32_t ring = ptx::shared_address(shared + warp * Shape::kRingBytes);
+
+  for (int stage = 0; stage < Shape::kStages; ++stage) {
+    if (tile + stage < end) load_tile<T, Shape>(p, place, tile + stage, ring + stage * Shape::kTileBytes);
+    ptx::commit_copies();
+  }
+  ptx::wait_for_dependencies();
+  if (place.length == 0) {
+    if (place.split != 0) return;
+    T* y = static_cast<T*>(p.y) + (static_cast<int64_t>(place.sequence) * p.heads + place.head) * Shape::kD;
+    for (int e = threadIdx.x; e < place.heads * Shape::kD; e += kDecodeThreads) y[e] = ptx::from_float<T>(0);
+    return;
+  }
+  fetch_new_token<T, Shape>(p, place, shared);
+  __syncthreads();
+
+  const uint32_t query = ptx::shared_address(shared + Shape::kQueryOffset) +
+                         min(lane % 16, place.heads - 1) * Shape::kPitch + lane / 16 * 16;
+  State<Shape> state;
+  if (worker == 0) start_from_new_token<T, Shape>(p, state, shared, query);
+  for (int stage = 0; tile < end; ++tile) {
+    ptx::wait_for_copies<Shape::kStages - 1>();
+    __syncwarp();
+    const uint32_t here = ring + stage * Shape::kTileBytes;
+    add_tile<T, Shape>(p, state, query, here, place.cached - tile * kDecodeTokens);
+    __syncwarp();
+    if (tile + Shape::kStages < end) load_tile<T, Shape>(p, place, tile + Shape::kStages, here);
+    ptx::commit_copies();
+    if (++stage == Shape::kStages) stage = 0;
+  }
+  ptx::wait_for_copies<0>();
+  __syncwarp();
+  store_state(state, place.heads, shared);
+  __syncthreads();
+  join<T, Shape>(p, place, shared);
+}
+
+}  // namespace modeltorch

@@ -1,0 +1,84 @@
+#pragma once
+
+// Host side of the decode kernels: what the device is, and launches that the kernel behind may overlap.
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+
+#include "core/check.h"
+
+namespace modeltorch {
+
+inline void check_cuda(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) fail(ErrorKind::kRuntime, what, ": ", cudaGetErrorString(status));
+}
+
+/// What a launch must know of the current device.
+struct DecodeDevice {
+  int multiprocessors = 0;
+  bool hopper = false;  ///< compute capability 9.0: bulk copies, clusters, programmatic dependent launch
+};
+
+/// The current device's properties, asked for once a device.
+inline const DecodeDevice& decode_device() {
+  constexpr int kMaxDevices = 64;
+  static const auto devices = [] {
+    struct Table {
+      DecodeDevice of[kMaxDevices];
+    } table;
+    int count = 0;
+    check_cuda(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+    for (int i = 0; i < count && i < kMaxDevices; ++i) {
+      int major = 0, minor = 0;
+      check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i),
+                 "cudaDeviceGetAttribute");
+      check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, i),
+                 "cudaDeviceGetAttribute");
+      check_cuda(cudaDeviceGetAttribute(&table.of[i].multiprocessors, cudaDevAttrMultiProcessorCount, i),
+                 "cudaDeviceGetAttribute");
+      table.of[i].hopper = major == 9 && minor == 0;
+    }
+    return table;
+  }();
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  return devices.of[device < kMaxDevices ? device : 0];
+}
+
+/// Lets `kernel` have up to `bytes` of dynamic shared memory, and gives shared memory all of the cache that
+/// it can have: kernels that divide it differently cannot share a multiprocessor.
+template <class Kernel>
+void allow_shared_memory(Kernel kernel, int bytes) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+             "cudaFuncSetAttribute");
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared),
+             "cudaFuncSetAttribute");
+}
+
+/// Launches `kernel(params)`. On Hopper it may start before the kernel in front is done.
+template <class Params>
+void launch_kernel(void (*kernel)(Params), const Params& params, dim3 grid, int threads, size_t shared_bytes,
+                   int cluster, void* stream, const char* name) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
+  if (decode_device().hopper) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim.x = cluster;
+    attributes[config.numAttrs].val.clusterDim.y = 1;
+    attributes[config.numAttrs++].val.clusterDim.z = 1;
+  }
+  check_cuda(cudaLaunchKernelEx(&config, kernel, params), name);
+}
+
+}  // namespace modeltorch

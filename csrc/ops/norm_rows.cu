@@ -1,0 +1,147 @@
+#include "ops/norm_rows.h"
+
+#include <algorithm>
+
+#include "ops/add_rms_norm.h"
+#include "ops/cuda_kernel.cuh"
+#include "ops/rms_norm.h"
+
+namespace modeltorch {
+namespace {
+
+constexpr int kMostThreads = 512;
+
+// A block a row. The sum is rounded before it is squared, as it is when two nodes compute this.
+template <class T>
+__global__ void __launch_bounds__(kMostThreads)
+    norm_kernel(const T* x, const T* other, const T* gamma, float epsilon, int64_t size, T* sum, T* y) {
+  const int64_t row = blockIdx.x * size;
+  float squares = 0.0f;
+  for (int64_t at = threadIdx.x; at < size; at += blockDim.x) {
+    T value = x[row + at];
+    if (other != nullptr) {
+      value = from_float<T>(to_float(value) + to_float(other[row + at]));
+      sum[row + at] = value;
+    }
+    squares += to_float(value) * to_float(value);
+  }
+  const float scale = rsqrtf(block_sum(squares) / static_cast<float>(size) + epsilon);
+  const T* normed = other == nullptr ? x : sum;
+  for (int64_t at = threadIdx.x; at < size; at += blockDim.x) {
+    y[row + at] = from_float<T>(to_float(normed[row + at]) * scale * to_float(gamma[at]));
+  }
+}
+
+// The same 16 bytes at a time; a thread keeps its part of the row in registers.
+template <class T, int kPacks>
+__global__ void __launch_bounds__(kMostThreads)
+    norm_packs_kernel(const T* x, const T* other, const T* gamma, float epsilon, int64_t size, T* sum, T* y) {
+  constexpr int kSize = Pack<T>::kSize;
+  const int64_t row = blockIdx.x * size;
+  Pack<T> held[kPacks];
+  float squares = 0.0f;
+#pragma unroll
+  for (int pack = 0; pack < kPacks; ++pack) {
+    const int64_t at = (pack * blockDim.x + threadIdx.x) * kSize;
+    if (at >= size) continue;
+    held[pack] = load_pack(x + row + at);
+    if (other != nullptr) {
+      const Pack<T> addend = load_pack(other + row + at);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i)
+        held[pack].values[i] = from_float<T>(to_float(held[pack].values[i]) + to_float(addend.values[i]));
+      store_pack(sum + row + at, held[pack]);
+    }
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      const float value = to_float(held[pack].values[i]);
+      squares += value * value;
+    }
+  }
+  const float scale = rsqrtf(block_sum(squares) / static_cast<float>(size) + epsilon);
+#pragma unroll
+  for (int pack = 0; pack < kPacks; ++pack) {
+    const int64_t at = (pack * blockDim.x + threadIdx.x) * kSize;
+    if (at >= size) continue;
+    const Pack<T> factors = load_pack(gamma + at);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      const float value = to_float(held[pack].values[i]) * scale * to_float(factors.values[i]);
+      held[pack].values[i] = from_float<T>(value);
+    }
+    store_pack(y + row + at, held[pack]);
+  }
+}
+
+template <class T>
+void launch(const NormRows& args, cudaStream_t stream) {
+  const auto* x = static_cast<const T*>(args.x);
+  const auto* other = static_cast<const T*>(args.other);
+  const auto* gamma = static_cast<const T*>(args.gamma);
+  auto* sum = static_cast<T*>(args.sum);
+  auto* y = static_cast<T*>(args.y);
+  constexpr int64_t kSize = Pack<T>::kSize;
+  const auto blocks = static_cast<unsigned>(args.rows);
+  const bool aligned = packs_fit<T>(args.size, x, other, gamma, sum, y);
+  const int64_t packs = args.size / kSize;
+  const auto with = [&](auto kernel, int64_t items) {
+    const int64_t warps = (items + kWarpSize - 1) / kWarpSize;
+    const auto threads = static_cast<unsigned>(std::min<int64_t>(warps * kWarpSize, kMostThreads));
+    kernel<<<blocks, threads, 0, stream>>>(x, other, gamma, args.epsilon, args.size, sum, y);
+  };
+  if (aligned && packs <= kMostThreads) {
+    with(norm_packs_kernel<T, 1>, packs);
+  } else if (aligned && packs <= 4 * kMostThreads) {
+    with(norm_packs_kernel<T, 4>, (packs + 3) / 4);
+  } else {
+    with(norm_kernel<T>, args.size);
+  }
+  check_launch("norm_rows");
+}
+
+class RmsNormCuda final : public CudaKernel<RmsNorm> {
+ public:
+  using CudaKernel::CudaKernel;
+
+  void run(const KernelArgs& args) override {
+    norm_rows({.dtype = dtype_,
+               .rows = args.in(0).dims[0],
+               .size = args.in(0).dims[1],
+               .x = args.in(0).data,
+               .gamma = args.in(1).data,
+               .epsilon = op_.epsilon,
+               .y = args.out(0).data},
+              args.stream);
+  }
+};
+
+class AddRmsNormCuda final : public CudaKernel<AddRmsNorm> {
+ public:
+  using CudaKernel::CudaKernel;
+
+  void run(const KernelArgs& args) override {
+    norm_rows({.dtype = dtype_,
+               .rows = args.in(0).dims[0],
+               .size = args.in(0).dims[1],
+               .x = args.in(0).data,
+               .other = args.in(1).data,
+               .gamma = args.in(2).data,
+               .epsilon = op_.epsilon,
+               .sum = args.out(0).data,
+               .y = args.out(1).data},
+              args.stream);
+  }
+};
+
+const bool norm_registered = register_cuda<RmsNorm, RmsNormCuda>();
+const bool add_norm_registered = register_cuda<AddRmsNorm, AddRmsNormCuda>();
+
+}  // namespace
+
+void norm_rows(const NormRows& args, void* stream) {
+  if (args.rows == 0 || args.size == 0) return;
+  for_type(args.dtype,
+           [&](auto type) { launch<Pointee<decltype(type)>>(args, static_cast<cudaStream_t>(stream)); });
+}
+
+}  // namespace modeltorch

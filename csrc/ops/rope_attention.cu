@@ -1,0 +1,140 @@
+#include "ops/rope_attention.h"
+
+#include "ops/cuda_kernel.cuh"
+#include "ops/plain_attention.h"
+
+namespace modeltorch {
+namespace {
+
+constexpr int kThreads = 128;
+
+// Turns the query and key heads of one token in place, and writes keys and values to the cache. N consecutive
+// elements of each half of a head at a time.
+struct RopeRows {
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t size;
+  const int32_t* slots;
+  int64_t cache_rows;
+  int32_t* fault;
+};
+
+template <class T, int N>
+struct alignas(N * sizeof(T)) Group {
+  T values[N];
+};
+
+template <class T, int N>
+__global__ void __launch_bounds__(kThreads)
+    rope_rows_kernel(T* qkv, const T* cos, const T* sin, const RopeRows rows, T* k_cache, T* v_cache) {
+  using G = Group<T, N>;
+  const int64_t token = blockIdx.x;
+  const int64_t half = rows.size / 2;
+  const int64_t per_half = half / N;
+  const int64_t kv_size = rows.kv_heads * rows.size;
+  T* row = qkv + token * (rows.heads + 2 * rows.kv_heads) * rows.size;
+  int64_t slot = rows.slots[token];
+  if (slot < 0 || slot >= rows.cache_rows) {
+    if (slot != -1 && threadIdx.x == 0) *rows.fault = 1;
+    slot = -1;
+  }
+  for (int64_t item = threadIdx.x; item < (rows.heads + rows.kv_heads) * per_half; item += kThreads) {
+    const int64_t head = item / per_half;
+    const int64_t at = item % per_half * N;
+    G low = *reinterpret_cast<const G*>(row + head * rows.size + at);
+    G high = *reinterpret_cast<const G*>(row + head * rows.size + half + at);
+    const G cos_low = *reinterpret_cast<const G*>(cos + token * rows.size + at);
+    const G sin_low = *reinterpret_cast<const G*>(sin + token * rows.size + at);
+    const G cos_high = *reinterpret_cast<const G*>(cos + token * rows.size + half + at);
+    const G sin_high = *reinterpret_cast<const G*>(sin + token * rows.size + half + at);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float x = to_float(low.values[i]);
+      const float y = to_float(high.values[i]);
+      low.values[i] = from_float<T>(x * to_float(cos_low.values[i]) - y * to_float(sin_low.values[i]));
+      high.values[i] = from_float<T>(y * to_float(cos_high.values[i]) + x * to_float(sin_high.values[i]));
+    }
+    *reinterpret_cast<G*>(row + head * rows.size + at) = low;
+    *reinterpret_cast<G*>(row + head * rows.size + half + at) = high;
+    if (head < rows.heads || slot < 0) continue;
+    T* key = k_cache + slot * kv_size + (head - rows.heads) * rows.size;
+    *reinterpret_cast<G*>(key + at) = low;
+    *reinterpret_cast<G*>(key + half + at) = high;
+  }
+  if (slot < 0) return;
+  const T* value = row + (rows.heads + rows.kv_heads) * rows.size;
+  for (int64_t item = threadIdx.x; item < kv_size / N; item += kThreads) {
+    reinterpret_cast<G*>(v_cache + slot * kv_size)[item] = reinterpret_cast<const G*>(value)[item];
+  }
+}
+
+class RopeAttentionCuda final : public CudaKernel<RopeAttention> {
+ public:
+  using CudaKernel::CudaKernel;
+
+  void run(const KernelArgs& args) override {
+    if (args.in(0).dims[0] == 0) return;
+    rope(args);
+    attend(args);
+  }
+
+ private:
+  void rope(const KernelArgs& args) {
+    const AttentionShape& shape = op_.shape;
+    const RopeRows rows{.heads = shape.heads,
+                        .kv_heads = shape.kv_heads,
+                        .size = shape.head_size,
+                        .slots = args.in(5).as<const int32_t>(),
+                        .cache_rows = args.in(3).dims[0] * args.in(3).dims[1],
+                        .fault = session_.fault(CudaFault::kSlot)};
+    for_type(dtype_, [&](auto type) {
+      using T = Pointee<decltype(type)>;
+      const auto launch = [&](auto kernel) {
+        kernel<<<blocks_for(args.in(0).dims[0], 1), kThreads, 0, stream_of(args)>>>(
+            args.in(0).as<T>(), args.in(1).as<const T>(), args.in(2).as<const T>(), rows, args.in(3).as<T>(),
+            args.in(4).as<T>());
+      };
+      if (packs_fit<T>(shape.head_size / 2, args.in(0).data, args.in(1).data, args.in(2).data,
+                       args.in(3).data, args.in(4).data)) {
+        launch(rope_rows_kernel<T, Pack<T>::kSize>);
+      } else {
+        launch(rope_rows_kernel<T, 1>);
+      }
+      check_launch("RopeAttention");
+    });
+  }
+
+  void attend(const KernelArgs& args) {
+    const AttentionShape& shape = op_.shape;
+    const auto size = static_cast<int64_t>(dtype_size(dtype_));
+    const std::byte* qkv = args.in(0).as<const std::byte>();
+    const std::byte* k = qkv + shape.heads * shape.head_size * size;
+    PlainAttention attention{.dtype = dtype_,
+                             .shape = shape,
+                             .rows = args.in(0).dims[0],
+                             .q = qkv,
+                             .q_stride = args.in(0).dims[1],
+                             .k = k,
+                             .v = k + shape.kv_heads * shape.head_size * size,
+                             .kv_stride = args.in(0).dims[1],
+                             .seq_len = args.in(6).as<const int32_t>(),
+                             .sequences = args.in(6).dims[0],
+                             .y = args.out(0).data,
+                             .fault = session_.fault(CudaFault::kBlock)};
+    if (op_.is_paged) {
+      attention.k = args.in(3).data;
+      attention.v = args.in(4).data;
+      attention.kv_stride = shape.kv_heads * shape.head_size;
+      attention.block_tables = args.in(7).as<const int32_t>();
+      attention.table_width = args.in(7).dims[1];
+      attention.block_size = args.in(3).dims[1];
+      attention.blocks = args.in(3).dims[0];
+    }
+    plain_attention(attention, args.stream);
+  }
+};
+
+const bool registered = register_cuda<RopeAttention, RopeAttentionCuda>();
+
+}  // namespace
+}  // namespace modeltorch

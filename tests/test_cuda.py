@@ -1,0 +1,196 @@
+"""What only a CUDA device does: captured graphs, streams, faults found by kernels, the caller's own capture.
+
+That its numbers are right is tested with every other device: test_operations.py, test_parity.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import DEVICES, Runner, Shape, random_model, relative_error
+
+pytestmark = pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU, or a library without CUDA")
+
+SHAPE = Shape(heads=4, kv_heads=2, head_size=64, hidden=128, intermediate=192)
+DTYPE = torch.float32
+
+
+def pair(**options) -> tuple[Runner, Runner]:
+    """The same model on the GPU and on the CPU."""
+    model = random_model(SHAPE)
+    return Runner(SHAPE, model, DTYPE, "cuda", **options), Runner(SHAPE, model, DTYPE, "cpu", **options)
+
+
+def prefilled(**options) -> tuple[Runner, Runner]:
+    """Both with the same five sequences."""
+    runners = pair(**options)
+    for runner in runners:
+        runner.prefill([[1, 2, 3], [4], [5, 6, 7, 8, 9], [10] * 17, [11, 12]])
+    return runners
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return relative_error(a.cpu(), b.cpu()) < 1e-4
+
+
+def counters(runner: Runner) -> dict[str, int]:
+    return dict(runner.decoder.counters())
+
+
+def test_replayed_steps_equal_the_cpu_for_any_batch_of_a_bucket():
+    gpu, cpu = prefilled()
+    for step in range(24):
+        chosen = {n: 20 + step + n for n in range(5) if (step + n) % 3 or n == 0}
+        assert close(gpu.decode(chosen), cpu.decode(chosen))
+    seen = counters(gpu)
+    assert seen["captures"] >= 1
+    assert seen["replays"] >= 12
+    assert seen["captured_bytes"] > 0
+    assert seen["captured_graphs"] <= seen["plans"]
+
+
+def test_outputs_of_the_caller_are_written_with_and_without_padding():
+    gpu, cpu = prefilled()
+    for chosen in ({0: 3}, {0: 4, 1: 5}, {0: 6, 1: 7, 2: 8}, {4: 1, 3: 2, 2: 3, 1: 4, 0: 5}):
+        expected = cpu.decode(chosen)
+        for _ in range(1):
+            inputs, parameters = gpu.decode_inputs(chosen)
+            out = torch.full((len(chosen) + 1, SHAPE.vocab), 7.0, device="cuda")
+            gpu.decoder.execute_out(inputs, [out[:-1]], parameters)
+            assert close(out[:-1], expected)
+            assert (out[-1] == 7.0).all()
+
+
+def test_other_tables_and_caches_are_captured_anew():
+    gpu, cpu = prefilled()
+    for token in range(3):
+        gpu.decode({0: token})
+        cpu.decode({0: token})
+    before = counters(gpu)["captures"]
+    gpu.cos, gpu.sin = gpu.cos.clone(), gpu.sin.clone()
+    assert close(gpu.decode({0: 9}), cpu.decode({0: 9}))
+    assert counters(gpu)["captures"] == before + 1
+    gpu.caches = [cache.clone() for cache in gpu.caches]
+    gpu.decoder.set_kv_cache(gpu.caches[0::2], gpu.caches[1::2])
+    assert close(gpu.decode({0: 10}), cpu.decode({0: 10}))
+    assert counters(gpu)["captures"] == before + 2
+
+
+def test_a_wider_block_table_is_captured_anew():
+    gpu, cpu = prefilled(block_size=1, blocks=300)
+    for token in range(40):
+        assert close(gpu.decode({0: token}), cpu.decode({0: token}))
+    assert counters(gpu)["captures"] < 10
+
+
+def test_steps_on_changing_streams_come_in_order():
+    gpu, cpu = prefilled()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    for step in range(9):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(streams[step % 3]):
+            logits = gpu.decode({n: step + n for n in range(3)})
+        assert close(logits, cpu.decode({n: step + n for n in range(3)}))
+
+
+def test_a_step_waits_for_nothing():
+    gpu, _ = prefilled()
+    gpu.decode({0: 1, 1: 2})
+    steps = [gpu.decode_inputs({0: 1, 1: token}) for token in range(4)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        busy = torch.zeros(4096, 4096, device="cuda")
+        for _ in range(50):
+            busy = busy @ busy
+        done = torch.cuda.Event()
+        done.record()
+        for inputs, parameters in steps:
+            gpu.decoder.execute(inputs, parameters)
+        assert not done.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+
+
+def test_the_callers_own_capture_records_a_step():
+    gpu, cpu = prefilled()
+    chosen = {0: 5, 1: 6, 2: 7}
+    expected = cpu.decode(chosen)
+    inputs, parameters = gpu.decode_inputs(chosen)
+    out = torch.zeros(3, SHAPE.vocab, device="cuda")
+    gpu.decoder.execute_out(inputs, [out], parameters)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gpu.decoder.execute_out(inputs, [out], parameters)
+    out.zero_()
+    graph.replay()
+    assert close(out, expected)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize(
+    ("position", "value", "words"),
+    [(0, 10**12, "row index"), (0, -1, "row index"), (1, 512, "row index"), (6, 10**6, "slot"), (6, -2, "slot")],
+)
+def test_a_bad_index_touches_nothing_and_is_told_once_by_the_next_call(phase, position, value, words):
+    gpu, cpu = prefilled()
+    if phase == "prefill":
+        step = gpu.encoder
+        inputs, parameters = gpu.prefill_inputs([[1, 2, 3]])
+    else:
+        step = gpu.decoder
+        inputs, parameters = gpu.decode_inputs({0: 1, 1: 2, 2: 3})
+    good = inputs[position].clone()
+    inputs[position][1] = value
+    step.execute(inputs, parameters)
+    torch.cuda.synchronize()
+    inputs[position].copy_(good)
+    with pytest.raises(ValueError, match=words):
+        step.execute(inputs, parameters)
+    logits = step.execute(inputs, parameters)[0]
+    assert torch.isfinite(logits).all()
+    if phase == "decode":
+        assert close(logits, cpu.decode({0: 1, 1: 2, 2: 3}))
+
+
+def test_a_block_outside_the_cache_is_told():
+    gpu, cpu = prefilled()
+    inputs, parameters = gpu.decode_inputs({3: 1})
+    inputs[5][0, 0] = 64
+    gpu.decoder.execute(inputs, parameters)
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match="block"):
+        gpu.decoder.execute(inputs, parameters)
+    torch.cuda.synchronize()
+    assert close(gpu.decode({0: 2}), cpu.decode({0: 2}))
+
+
+def test_a_weight_on_another_device_is_refused_and_the_object_stays_usable():
+    gpu, cpu = prefilled()
+    import json
+
+    specs = json.loads(gpu.decoder.weight_spec())
+    weights = [torch.zeros(1, dtype=torch.float16, device="cuda")] * (specs[-1]["slot"] + 1)
+    for spec in specs:
+        size = [2 if isinstance(part, str) else part for part in spec["shape"]]
+        weights[spec["slot"]] = torch.zeros(size, device="cuda")
+    weights[specs[3]["slot"]] = weights[specs[3]["slot"]].cpu()
+    with pytest.raises(ValueError, match=r"cpu|cuda"):
+        gpu.decoder.set_weight(weights)
+    assert close(gpu.decode({0: 2}), cpu.decode({0: 2}))
+
+
+def test_two_objects_on_two_threads_do_not_meet():
+    from concurrent.futures import ThreadPoolExecutor
+
+    def work(seed: int) -> bool:
+        model = random_model(SHAPE, seed)
+        gpu, cpu = Runner(SHAPE, model, DTYPE, "cuda"), Runner(SHAPE, model, DTYPE, "cpu")
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for runner in (gpu, cpu):
+                runner.prefill([[seed, 2, 3]])
+            return all(close(gpu.decode({0: token}), cpu.decode({0: token})) for token in range(12))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
