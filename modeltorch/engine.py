@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modeltorch.sampling import Sampler, Sampling, sampling_rows
+from modeltorch.sampling import Sampler, Sampling, choosing_device, sampling_rows
 
 if TYPE_CHECKING:
     from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
@@ -57,7 +57,7 @@ _PLANNED_STEPS = 64
 
 
 class DecodeBatch:
-    """The tensors of a decode step, kept between steps.
+    """The tensors of a decode step where its tokens are chosen, kept between steps.
 
     What a step needs beside the tokens (positions, slots, lengths) is known ahead: it is computed on the host for many
     steps at once and copied to the device in one go, so that a step itself launches nothing and waits for nothing.
@@ -70,6 +70,7 @@ class DecodeBatch:
     """
 
     def __init__(self, requests: list[Request], block_size: int, device: torch.device) -> None:
+        device = choosing_device(device)
         self.requests = requests
         self.block_size = block_size
         width = max(len(request.blocks) for request in requests)
@@ -181,7 +182,8 @@ class Engine:
             request = Request(tokens, max_new_tokens=0)
             request.blocks = self.cache.allocate(self.cache.blocks_needed(len(tokens)))
             try:
-                results.append(self._prefill_logits([request], None).float())
+                logits = self._prefill_logits([request], None)
+                results.append(logits.to(choosing_device(logits.device)).float())
                 self.model.settle()
             finally:
                 self._release(request)

@@ -120,8 +120,8 @@ class FlashQwen2ForCausalLM:
             stop_tokens: ids that end an answer.
             block_size: tokens of a cache block.
             num_blocks: blocks of the cache; None takes cache_gb.
-            cache_gb: GiB of the cache; None takes the smaller of 4 and a quarter of free memory, on a GPU three
-                quarters of its free memory.
+            cache_gb: GiB of the cache; None takes the smaller of 4 and a quarter of free memory, on a GPU or
+                an NPU three quarters of its free memory.
 
         Raises:
             ValueError: an unknown dtype, or sizes that contradict each other.
@@ -520,7 +520,7 @@ class FlashQwen2ForCausalLM:
             token_lists: sequences of token ids, none empty.
 
         Returns:
-            A float32 tensor [len, vocab] a sequence.
+            A float32 tensor [len, vocab] a sequence, on the model's device, but on the host for npu.
 
         Raises:
             ValueError: as generate.

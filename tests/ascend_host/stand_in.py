@@ -53,6 +53,19 @@ def pending(fault: str) -> int:
     return _LIBRARY.ascend_host_pending(fault.encode())
 
 
+def launch_mode() -> str:
+    """How this run launches, by what the environment sets, and on which chip."""
+    if BLOCKING:
+        way = "ASCEND_LAUNCH_BLOCKING=1, in line and waiting for every node"
+    elif not HAS_QUEUE:
+        way = "TASK_QUEUE_ENABLE=0, in line without a task queue"
+    else:
+        way = f"ATB_OPERATION_EXECUTE_ASYNC={MODE}"
+    if os.environ.get("PER_STREAM_QUEUE") == "1":
+        way += ", one task queue a stream"
+    return f"{way}, {os.environ.get('ASCEND_HOST_SOC', 'Ascend910B3')}"
+
+
 @contextmanager
 def held_back() -> Iterator[None]:
     """While it lasts, no stream begins another task: everything that was launched waits."""
@@ -65,7 +78,7 @@ def held_back() -> Iterator[None]:
 
 @contextmanager
 def held_calls(*calls: str) -> Iterator[None]:
-    """While it lasts, calls of the vendor's `setup` or `execute` do not return."""
+    """While it lasts, calls of the vendor's `setup` or `execute`, or of the driver's `cast`, do not return."""
     for call in calls:
         _LIBRARY.ascend_host_hold(call.encode(), 1)
     try:
