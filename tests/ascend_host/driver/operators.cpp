@@ -123,6 +123,7 @@ aclError aclopCompileAndExecute(const char* name, int inputs, const aclTensorDes
                                 const aclTensorDesc* const output_descs[],
                                 aclDataBuffer* const output_buffers[], const aclopAttr*, aclopEngineType,
                                 aclopCompileType, const char*, aclrtStream stream) {
+  ascend_host::wait_while_held("cast");
   if (std::strcmp(name, "Identity") != 0 || inputs != 1 || outputs != 1 || input_descs[0]->dims.size() < 2) {
     ascend_host::set_message(std::string("the stand-in driver has no operator ") + name);
     return ACL_ERROR_OP_NOT_FOUND;
