@@ -14,7 +14,7 @@ ASCEND_ENV := ASCEND_HOST=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0 ATB_HOME_PATH=$(ASCE
 ASCEND_TEST := $(ASCEND_BIN)/pytest
 ASCEND_TESTS := tests/ascend_host
 # What every way to launch runs; the first one runs everything.
-ASCEND_LAUNCH_TESTS := $(foreach name,model waits faults front_end,$(ASCEND_TESTS)/test_$(name).py)
+ASCEND_LAUNCH_TESTS := $(foreach name,model streams waits faults front_end,$(ASCEND_TESTS)/test_$(name).py)
 
 .PHONY: demo test test-all test-cpp test-ascend sanitize kernels lint format clean
 
@@ -46,9 +46,27 @@ test-ascend: $(ASCEND_VENV)/.built  ## device npu without an NPU, in every way t
 sanitize: $(VENV)/.installed  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	PYTHON=$(BIN)/python tests/cpp/run.sh sanitize
 
+# One object for each target, so that a target that does not compile is named.
+KERNELS := $(shell find csrc -name '*.cu')
+KERNEL_TARGETS := sm_80 sm_90a compute_80
+KERNEL_OBJECTS := $(foreach target,$(KERNEL_TARGETS),$(KERNELS:%.cu=build/kernels/$(target)/%.o))
+ARCH_sm_80 := arch=compute_80,code=sm_80
+ARCH_sm_90a := arch=compute_90a,code=sm_90a
+ARCH_compute_80 := arch=compute_80,code=compute_80
+
 kernels:  ## compile every CUDA kernel where nvcc is present; they run only on a machine with a GPU
 	@if ! command -v nvcc >/dev/null; then echo "no nvcc here: CUDA kernels were not compiled"; \
-	elif [ -z "$$(git ls-files '*.cu')" ]; then echo "there are no CUDA kernels yet"; fi
+	else $(MAKE) --no-print-directory -j2 $(KERNEL_OBJECTS) && \
+	echo "compiled $(words $(KERNELS)) CUDA files for $(KERNEL_TARGETS); THEY WERE NOT RUN: tools/gpu_check.sh does that"; fi
+
+# nvcc's own list of what a file includes decides what is compiled again.
+define kernel_rule
+build/kernels/$(1)/%.o: %.cu
+	@mkdir -p $$(@D)
+	nvcc -std=c++20 -O3 -Icsrc --expt-relaxed-constexpr -diag-suppress=177 -gencode $$(ARCH_$(1)) -MMD -MP -c $$< -o $$@
+endef
+$(foreach target,$(KERNEL_TARGETS),$(eval $(call kernel_rule,$(target))))
+-include $(wildcard $(KERNEL_OBJECTS:.o=.d))
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

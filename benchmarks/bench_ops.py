@@ -1,10 +1,11 @@
-"""Times every large operation case and says how near this machine's limit it comes.
+"""Times every large operation case and says what part of this machine's measured rates it reaches.
 
     python benchmarks/bench_ops.py [--dtype bfloat16] [--filter Linear] [--seconds 0.3]
 
-The limits are measured in the same run: reading memory with every thread, and a large matrix product of the library
-that torch uses. A case's limit is the larger of its bytes over the one and its operations over the other; a case
-whose data stays in the caches may exceed it. Medians; the spread is that of the timed runs.
+The rates are measured in the same run: modeltorch's probe reading memory with every thread, as in `modeltorch bench`,
+and a large matrix product of the library that torch uses. A case's reference time is the larger of its bytes over the
+one and its operations over the other; a case whose data stays in the caches may be faster. Medians; the spread is that
+of the timed runs.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from operation_cases import BENCHMARK_CASES, Case
 
 from modeltorch.bench import hardware
+from modeltorch.limits import ReadRate
+
+READ_SAMPLES = 9
 
 
 def median_seconds(body: Callable[[], Any], seconds: float) -> tuple[float, float, float]:
@@ -39,13 +43,15 @@ def median_seconds(body: Callable[[], Any], seconds: float) -> tuple[float, floa
     return statistics.median(samples), min(samples), max(samples)
 
 
-def read_limit() -> float:
-    """Bytes a second of a sum over memory far larger than the caches."""
-    data = torch.ones(256 * 2**20 // 4)
-    return data.numel() * 4 / median_seconds(lambda: data.sum(), 1.0)[1]
+def read_rate() -> float:
+    """Bytes a second that modeltorch's probe reads from memory with every thread."""
+    rate = ReadRate()
+    for _ in range(READ_SAMPLES):
+        rate.sample()
+    return rate.rate() * 1e9
 
 
-def multiply_limit(dtype: torch.dtype) -> float:
+def multiply_rate(dtype: torch.dtype) -> float:
     """Floating-point operations a second of a square matrix product."""
     size = 2048
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
@@ -69,7 +75,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.3, help="time spent on a case")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
-    read, multiply = read_limit(), multiply_limit(dtype)
+    read, multiply = read_rate(), multiply_rate(dtype)
     print(f"{hardware(torch.device('cpu'))}, {arguments.dtype}: reads {read / 1e9:.1f} GB/s", end=", ")
     print(f"multiplies {multiply / 1e9:.0f} GFLOP/s")
     for case in BENCHMARK_CASES:
@@ -79,11 +85,11 @@ def main() -> None:
         operation = torch.classes.ModelTorch.Operation(case.operation, case.parameters)
         moved = moved_bytes(case, inputs, operation.run(inputs))
         median, least, most = median_seconds(functools.partial(operation.run, inputs), arguments.seconds)
-        limit = max(moved / read, case.flops / multiply)
+        reference = max(moved / read, case.flops / multiply)
         rate = f"{case.flops / median / 1e9:8.1f} GFLOP/s" if case.flops else " " * 16
         print(
             f"{case!s:48} {median * 1e6:10.1f} us ({least * 1e6:.1f} to {most * 1e6:.1f}) "
-            f"{moved / median / 1e9:7.1f} GB/s {rate} {limit / median:6.1%} of the limit"
+            f"{moved / median / 1e9:7.1f} GB/s {rate} {reference / median:6.1%} of the reference"
         )
 
 

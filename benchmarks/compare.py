@@ -16,21 +16,48 @@ from typing import Any
 
 Key = tuple[str, ...]
 
+KEYS = ("model", "device", "dtype", "workload")
+TEXTS = (*KEYS, "unit", "hardware")
+NUMBERS = ("value", "min", "max")
+
+
+def _entry(line: str) -> dict[str, Any]:
+    """A measurement of a line.
+
+    Raises:
+        ValueError: the line is none; says why.
+    """
+    entry = json.loads(line)
+    if not isinstance(entry, dict):
+        raise ValueError(f"expected an object, got {line}")
+    for key in TEXTS:
+        if not isinstance(entry.get(key), str):
+            raise ValueError(f"{key} must be text, got {entry.get(key)!r}")
+    for key in NUMBERS:
+        number = entry.get(key)
+        if not isinstance(number, (int, float)) or isinstance(number, bool) or not 0 < number <= sys.float_info.max:
+            raise ValueError(f"{key} must be a number above 0, got {number!r}")
+    if not entry["min"] <= entry["value"] <= entry["max"]:
+        raise ValueError(f"value must lie from min to max, got {entry['value']}, {entry['min']} and {entry['max']}")
+    return entry
+
 
 def read(path: Path) -> dict[Key, dict[str, Any]]:
     """Measurements of time by (model, device, dtype, workload); of several in a file the last counts.
 
     Raises:
-        ValueError: a line that is no measurement.
+        ValueError: a line that is no measurement, or no measurement of time in the whole file.
     """
     found = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
-            entry = json.loads(line)
-            if entry["unit"] in ("ms", "s"):
-                found[tuple(entry[key] for key in ("model", "device", "dtype", "workload"))] = entry
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number} is no measurement of modeltorch bench: {error!r}") from error
+            entry = _entry(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number} is no measurement of modeltorch bench: {error}") from error
+        if entry["unit"] in ("ms", "s"):
+            found[tuple(entry[key] for key in KEYS)] = entry
+    if not found:
+        raise ValueError(f"{path} holds no measurement of time")
     return found
 
 

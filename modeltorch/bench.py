@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,43 @@ import torch
 from modeltorch import shapes
 from modeltorch.engine import DecodeBatch, Engine, Request
 from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
-from modeltorch.limits import Limit, LinearRate, ReadRate, decode_bytes, prefill_flops
+from modeltorch.limits import Limit, decode_bytes, linear_rate, prefill_flops, read_rate
 
 DECODE_STEPS = 128
 """Timed steps of a decode measurement; the context grows by one each, around its mean."""
 
 _WARM_UP_STEPS = 8
 _STEPS_PER_SAMPLE = 8  # timed steps between two samples of the machine's read rate
+_STEPS_PER_WAIT = 32  # on a GPU, steps that are timed together: the host waits for the last of them alone
+
+
+@cache
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(query, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return run.stdout.strip().splitlines()[0] if run.stdout.strip() else "unknown"
+
+
+PROMPT_LENGTHS, PREFILL_BATCHES = (128, 512), (1, 8)
+CONTEXTS, DECODE_BATCHES = (128, 2048), (1, 8)
+REQUESTS, REQUEST_PROMPT, REQUEST_NEW_TOKENS = 256, (64, 512), 128
+"""What is measured where nothing else is asked for."""
+
+
+def _accelerator(device: torch.device) -> Any | None:
+    """The module of torch for a device beside the processor (torch.cuda, torch.npu); None for the processor."""
+    return None if device.type == "cpu" else getattr(torch, device.type)
 
 
 def hardware(device: torch.device) -> str:
     """What the figures were taken on, for example "AMD EPYC, 2 threads, avx512"."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    accelerator = _accelerator(device)
+    if accelerator is not None:
+        name = str(accelerator.get_device_name(device))
+        return f"{name}, driver {_driver()}" if device.type == "cuda" else name
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -72,9 +97,9 @@ class Subject:
         return cls(shape, model)
 
     @classmethod
-    def from_checkpoint(cls, path: str, device: str, dtype: str) -> Subject:
+    def from_checkpoint(cls, path: str, device: str, dtype: str, **options: Any) -> Subject:
         """A model from a checkpoint."""
-        return cls(Path(path).name, FlashQwen2ForCausalLM.from_pretrained(path, device=device, dtype=dtype))
+        return cls(Path(path).name, FlashQwen2ForCausalLM.from_pretrained(path, device=device, dtype=dtype, **options))
 
 
 @dataclass(frozen=True)
@@ -133,8 +158,9 @@ def _both_units(
 
 
 def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    accelerator = _accelerator(device)
+    if accelerator is not None:
+        accelerator.synchronize(device)
 
 
 def _seconds(device: torch.device, body: Callable[[], object]) -> float:
@@ -163,7 +189,7 @@ def prefill(subject: Subject, batch: int, length: int, runs: int) -> Iterator[Re
     engine = Engine(subject.model)
     requests = _admitted(engine, _prompts(subject, [length] * batch), 1)
     device = subject.model.device
-    rate = LinearRate(subject.model, batch * length) if device.type == "cpu" else None
+    rate = linear_rate(subject.model, batch * length)
     seconds = []
     for _ in range(runs + 1):
         seconds.append(_seconds(device, lambda: engine.prefill_step(requests)))
@@ -189,21 +215,9 @@ def _first_context(context: int) -> int:
     return context - steps
 
 
-def _check(subject: Subject, batch: int, length: int, new_tokens: int) -> None:
-    """Refuses a batch that does not fit the positions or the cache.
-
-    Raises:
-        ValueError: it does not fit.
-    """
-    engine = Engine(subject.model)
-    request = Request([0] * length, new_tokens)
-    engine.check(request)
-    needed = batch * engine.cache.blocks_needed(request.limit)
-    if needed > engine.cache.num_blocks:
-        raise ValueError(
-            f"{batch} sequences of {request.limit} tokens need {needed} cache blocks of "
-            f"{engine.cache.block_size}, but the cache has {engine.cache.num_blocks}"
-        )
+def _last_context(context: int) -> int:
+    """Most tokens of a sequence in such a decode."""
+    return _first_context(context) + DECODE_STEPS + _WARM_UP_STEPS + 1
 
 
 def decode(subject: Subject, batch: int, context: int) -> Iterator[Result]:
@@ -221,19 +235,37 @@ def decode(subject: Subject, batch: int, context: int) -> Iterator[Result]:
         request.new_tokens.append(0)
     steps = DecodeBatch(requests, engine.cache.block_size, subject.model.device)
     device = subject.model.device
-    rate = ReadRate() if device.type == "cpu" else None
-    seconds = []
-    for step in range(_WARM_UP_STEPS + DECODE_STEPS):
-        seconds.append(_seconds(device, lambda: engine.decode_step(steps)))
-        if rate is not None and step % _STEPS_PER_SAMPLE == 0:
+    rate = read_rate(device)
+    if device.type == "cuda":
+        timed = _decode_without_waiting(engine, steps)
+        if rate is not None:
             rate.sample()
+    else:
+        seconds = []
+        for step in range(_WARM_UP_STEPS + DECODE_STEPS):
+            seconds.append(_seconds(device, lambda: engine.decode_step(steps)))
+            if rate is not None and step % _STEPS_PER_SAMPLE == 0:
+                rate.sample()
+        timed = seconds[_WARM_UP_STEPS:]
     for request in requests:
         engine.cache.release(request.blocks)
-    timed = seconds[_WARM_UP_STEPS:]
     limit = None
     if rate is not None:
         limit = rate.limit(decode_bytes(subject.model, batch, context), statistics.median(timed))
     yield from _both_units(subject, f"decode_b{batch}_ctx{context}", timed, batch, limit)
+
+
+def _decode_without_waiting(engine: Engine, steps: DecodeBatch) -> list[float]:
+    """Seconds a step, of groups of steps in which the host runs ahead of the GPU as it does in serving."""
+    device = engine.model.device
+    for _ in range(_WARM_UP_STEPS):
+        engine.decode_step(steps)
+
+    def group() -> None:
+        for _ in range(_STEPS_PER_WAIT):
+            engine.decode_step(steps)
+
+    return [_seconds(device, group) / _STEPS_PER_WAIT for _ in range(DECODE_STEPS // _STEPS_PER_WAIT)]
 
 
 def serve(subject: Subject, requests: int, prompt_range: tuple[int, int], new_tokens: int) -> Iterator[Result]:
@@ -248,32 +280,103 @@ def serve(subject: Subject, requests: int, prompt_range: tuple[int, int], new_to
     yield Result(subject, f"serve_r{requests}", "s", seconds, seconds, seconds, 1)
 
 
-def measure(
+@dataclass(frozen=True)
+class Workload:
+    """A measurement to be made.
+
+    Attributes:
+        name: as the results have it.
+        batch: sequences at a time, at least.
+        tokens: most tokens of a sequence, prompt and answer.
+        run: makes it.
+    """
+
+    name: str
+    batch: int
+    tokens: int
+    run: Callable[[], Iterator[Result]]
+
+    def exceeds_positions(self, model: FlashQwen2ForCausalLM) -> str:
+        """Why its sequences are too long for a model; empty where they are not."""
+        if self.tokens <= model.max_positions:
+            return ""
+        return f"{self.name}: sequences of {self.tokens} tokens exceed the model's {model.max_positions} positions"
+
+    def exceeds_cache(self, model: FlashQwen2ForCausalLM) -> str:
+        """Why they are too many for the cache; empty where they are not."""
+        cache = model.cache
+        needed = self.batch * cache.blocks_needed(self.tokens)
+        if needed <= cache.num_blocks:
+            return ""
+        return (
+            f"{self.name}: {self.batch} sequences of {self.tokens} tokens need {needed} cache blocks of "
+            f"{cache.block_size}, but the cache has {cache.num_blocks}"
+        )
+
+
+def plan(
     subject: Subject,
     *,
-    prompt_lengths: Sequence[int],
-    prefill_batches: Sequence[int],
-    contexts: Sequence[int],
-    decode_batches: Sequence[int],
-    requests: int,
-    runs: int,
-    request_prompt: tuple[int, int] = (64, 512),
-    request_new_tokens: int = 128,
-) -> Iterator[Result]:
-    """Every workload that the options ask for, one after the other; none if one of them cannot run."""
-    for batch in prefill_batches:
-        for length in prompt_lengths:
-            _check(subject, batch, length, 1)
-    for batch in decode_batches:
-        for context in contexts:
-            _check(subject, batch, _first_context(context), DECODE_STEPS + _WARM_UP_STEPS + 1)
-    if requests:
-        _check(subject, 1, request_prompt[1], request_new_tokens)
-    for batch in prefill_batches:
-        for length in prompt_lengths:
-            yield from prefill(subject, batch, length, runs)
-    for batch in decode_batches:
-        for context in contexts:
-            yield from decode(subject, batch, context)
-    if requests:
-        yield from serve(subject, requests, request_prompt, request_new_tokens)
+    prompt_lengths: Sequence[int] | None = None,
+    prefill_batches: Sequence[int] | None = None,
+    contexts: Sequence[int] | None = None,
+    decode_batches: Sequence[int] | None = None,
+    requests: int | None = None,
+    runs: int = 5,
+    request_prompt: tuple[int, int] | None = None,
+    request_new_tokens: int | None = None,
+) -> tuple[list[Workload], list[Workload]]:
+    """What to measure, and what is left out of it because the model has no room.
+
+    Args:
+        subject: the model.
+        prompt_lengths: tokens of each prompt of a prefill. None, here and below: the usual sizes.
+        prefill_batches: prompts of a prefill, with each of the lengths.
+        contexts: mean contexts of decode steps.
+        decode_batches: sequences of a decode step, with each of the contexts.
+        requests: how many to serve end to end; 0 for none.
+        runs: timed prefills.
+        request_prompt: the least and the most tokens of a request's prompt.
+        request_new_tokens: tokens of each answer.
+
+    Returns:
+        The workloads that fit, in order, and those of the usual sizes (where an argument is None) that do not.
+
+    Raises:
+        ValueError: a size that was asked for does not fit, or nothing is left.
+    """
+    prefills = [
+        Workload(f"prefill_b{batch}_s{length}", batch, length + 1, partial(prefill, subject, batch, length, runs))
+        for batch in _or(prefill_batches, PREFILL_BATCHES)
+        for length in _or(prompt_lengths, PROMPT_LENGTHS)
+    ]
+    decodes = [
+        Workload(
+            f"decode_b{batch}_ctx{context}", batch, _last_context(context), partial(decode, subject, batch, context)
+        )
+        for batch in _or(decode_batches, DECODE_BATCHES)
+        for context in _or(contexts, CONTEXTS)
+    ]
+    count = REQUESTS if requests is None else requests
+    prompt, answer = request_prompt or REQUEST_PROMPT, request_new_tokens or REQUEST_NEW_TOKENS
+    serving = [Workload(f"serve_r{count}", 1, prompt[1] + answer, partial(serve, subject, count, prompt, answer))]
+    asked_requests = any(option is not None for option in (requests, request_prompt, request_new_tokens))
+    kept: list[Workload] = []
+    left_out: list[Workload] = []
+    for workloads, asked_length, asked_batch in (
+        (prefills, prompt_lengths is not None, prefill_batches is not None),
+        (decodes, contexts is not None, decode_batches is not None),
+        (serving if count else [], asked_requests, asked_requests),
+    ):
+        for workload in workloads:
+            too_long, too_many = workload.exceeds_positions(subject.model), workload.exceeds_cache(subject.model)
+            if (too_long and asked_length) or (not too_long and too_many and (asked_length or asked_batch)):
+                raise ValueError(too_long or too_many)
+            (left_out if too_long or too_many else kept).append(workload)
+    if not kept:
+        raise ValueError("nothing to measure: " + ("no size fits the model" if left_out else "every list is empty"))
+    return kept, left_out
+
+
+def _or(asked: Sequence[int] | None, usual: Sequence[int]) -> Sequence[int]:
+    return usual if asked is None else asked

@@ -12,11 +12,15 @@ from typing import Any
 
 import torch
 
+from modeltorch.configuration import check_config
+
 BUNDLED = Path(__file__).parent / "checkpoints" / "arithmetic"
 """The small checkpoint that ships with the package."""
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
+_TOKENIZER_FILES = (*_TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def _missing_extra(error: ImportError) -> ImportError:
@@ -25,12 +29,27 @@ def _missing_extra(error: ImportError) -> ImportError:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def _shown(value: Any) -> str:
+    """A value of a file as its JSON, cut where it is long."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _reason(error: Exception) -> str:
+    """What another library says, on one line: the error that it began with, and its type where that says more."""
+    first = error.__cause__ or error
+    said = " ".join(str(first).split())
+    if isinstance(first, (ValueError, TypeError)) and said:
+        return said
+    return f"{type(first).__name__}: {said}"
 
 
 def resolve(path_or_hub_id: str | Path) -> Path:
@@ -55,6 +74,21 @@ def resolve(path_or_hub_id: str | Path) -> Path:
         raise FileNotFoundError(f"{name} is no folder, and the hub did not give it: {error}") from error
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """The shard of each tensor.
+
+    Raises:
+        ValueError: the index does not say.
+    """
+    files = _read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{index} must have a weight_map of tensor names to file names, got {_shown(files)}")
+    for name, shard in files.items():
+        if not isinstance(shard, str) or not shard:
+            raise ValueError(f"{index} must place {name} in a file by its name, got {_shown(shard)}")
+    return files
+
+
 class SafetensorsWeights(Mapping[str, torch.Tensor]):
     """The tensors of a checkpoint by name, memory-mapped: reading one costs nothing until it is touched.
 
@@ -69,9 +103,7 @@ class SafetensorsWeights(Mapping[str, torch.Tensor]):
         self._open: dict[str, Any] = {}
         self._files: dict[str, str]
         if (folder / _INDEX).exists():
-            self._files = _read_json(folder / _INDEX).get("weight_map") or {}
-            if not self._files:
-                raise ValueError(f"{folder / _INDEX} has no weight_map")
+            self._files = _weight_map(folder / _INDEX)
         elif (folder / _SINGLE).exists():
             self._files = dict.fromkeys(self._shard(_SINGLE).keys(), _SINGLE)
         else:
@@ -116,6 +148,8 @@ def open_config(folder: Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no config.json.
+        ValueError: one of its values cannot be.
+        NotImplementedError: an architecture or a feature that is not built.
     """
     try:
         from transformers import AutoConfig
@@ -128,29 +162,63 @@ def open_config(folder: Path) -> Any:
     if model_type is None:
         raise ValueError(f"{path} has no model_type")
     if model_type != "qwen2":
-        raise NotImplementedError(f"model_type must be qwen2, got {model_type}: other architectures are not built")
+        raise NotImplementedError(f"{path}: model_type must be qwen2, got {model_type}: others are not built")
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = " ".join(str(error.args[0] if error.args else error).split())
-        raise ValueError(f"{path} is no valid Qwen2 configuration: {reason}") from error
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers checks some values, with errors of many types
+        raise ValueError(f"{path} is no valid Qwen2 configuration: {_reason(error)}") from error
+    try:
+        check_config(config)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return config
 
 
 def open_tokenizer(folder: Path) -> Any | None:
-    """The tokenizer of a checkpoint, or None if it ships none."""
+    """The tokenizer of a checkpoint, or None if it ships none.
+
+    Raises:
+        ValueError: its files are damaged.
+    """
     from transformers import AutoTokenizer
 
-    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+    present = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
+    if not any(path.name in _TOKENIZERS for path in present):
         return None
-    return AutoTokenizer.from_pretrained(folder)
+    for path in present:
+        if path.suffix == ".json":
+            _read_json(path)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # a damaged file is a KeyError, a TypeError, or whatever the parser met first
+        beside = f" (beside it: {', '.join(path.name for path in present[1:])})" if present[1:] else ""
+        raise ValueError(
+            f"{present[0]} must be a tokenizer that transformers can read{beside}: {_reason(error)}"
+        ) from error
 
 
 def stop_tokens(folder: Path, config: Any) -> frozenset[int]:
-    """The ids that end an answer: eos_token_id of generation_config.json, else of config.json; may be empty."""
+    """The ids that end an answer: eos_token_id of generation_config.json, else of config.json; may be empty.
+
+    Raises:
+        ValueError: they are no token ids.
+    """
+    path = folder / "config.json"
     eos = getattr(config, "eos_token_id", None)
-    path = folder / "generation_config.json"
-    if path.exists():
-        eos = _read_json(path).get("eos_token_id", eos)
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        content = _read_json(generation)
+        if "eos_token_id" in content:
+            path, eos = generation, content["eos_token_id"]
     if eos is None:
         return frozenset()
-    return frozenset(eos if isinstance(eos, list) else [eos])
+    ids = eos if isinstance(eos, list) else [eos]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < config.vocab_size:
+            raise ValueError(
+                f"{path}: eos_token_id must be a token id in [0, {config.vocab_size}) or a list of them, "
+                f"got {_shown(eos)}"
+            )
+    return frozenset(ids)

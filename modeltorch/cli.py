@@ -8,10 +8,13 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from modeltorch import __version__
+
+_MOST_REQUESTS = 1_000_000  # their prompts are all in memory
 
 DEMO_PROMPTS = ("345+678=", "12-345=", "sort 31 4 15 9 26=", "max 271 828 182=")
 
@@ -39,6 +42,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--cache-packed", action="store_true", help="keep packed weights in the checkpoint's folder")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,17 +63,21 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
     _add_model_options(generate)
 
-    bench = commands.add_parser("bench", help="measure prefill, decode and serving")
+    bench = commands.add_parser("bench", help="measure prefill, decode and serving (all of it takes minutes)")
     model = bench.add_mutually_exclusive_group()
     model.add_argument("--shape", default="qwen2.5-0.5b", help="qwen2.5-0.5b, -1.5b or -7b with random weights")
     model.add_argument("--model", help="checkpoint folder or hub id instead of a shape")
-    bench.add_argument("--prompt-len", type=_numbers, default=[128, 512], metavar="N,N")
-    bench.add_argument("--prefill-batch", type=_numbers, default=[1], metavar="N,N")
-    bench.add_argument("--context", type=_numbers, default=[128, 2048], metavar="N,N")
-    bench.add_argument("--decode-batch", type=_numbers, default=[1, 8], metavar="N,N")
-    bench.add_argument("--requests", type=int, default=0, help="also serve this many requests end to end")
-    bench.add_argument("--request-prompt", type=_range, default=(64, 512), metavar="N,N", help="their prompt lengths")
-    bench.add_argument("--request-new-tokens", type=int, default=128, help="new tokens of each (default: 128)")
+    # None says that nothing was typed: a usual size that does not fit the model is left out, a typed one is refused.
+    for option, what in (
+        ("--prompt-len", "prompt lengths of the prefills (default: 128,512; '' for none)"),
+        ("--prefill-batch", "their batches (default: 1,8)"),
+        ("--context", "mean contexts of the decode steps (default: 128,2048; '' for none)"),
+        ("--decode-batch", "their batches (default: 1,8)"),
+    ):
+        bench.add_argument(option, type=_numbers, metavar="N,N", help=what)
+    bench.add_argument("--requests", type=int, help="requests to serve end to end (default: 256; 0 for none)")
+    bench.add_argument("--request-prompt", type=_range, metavar="N,N", help="their prompt lengths (default: 64,512)")
+    bench.add_argument("--request-new-tokens", type=int, help="new tokens of each (default: 128)")
     bench.add_argument("--runs", type=int, default=5, help="timed prefills (default: 5)")
     bench.add_argument("--json", metavar="FILE", help="append one JSON object a measurement to FILE")
     _add_model_options(bench)
@@ -95,6 +103,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         checkpoint.BUNDLED if arguments.model is None else arguments.model,
         device=arguments.device,
         dtype=arguments.dtype,
+        cache_packed=arguments.cache_packed,
     )
     start = time.perf_counter()
     answers = model.generate(
@@ -132,25 +141,36 @@ def _bench(arguments: argparse.Namespace) -> None:
         ("--requests", arguments.requests, 0),
         ("--request-new-tokens", arguments.request_new_tokens, 1),
     ):
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"{option} must be at least {least}, got {value}")
+    if arguments.requests is not None and arguments.requests > _MOST_REQUESTS:
+        raise ValueError(f"--requests must be at most {_MOST_REQUESTS}, got {arguments.requests}")
     if arguments.model is not None:
-        subject = bench.Subject.from_checkpoint(arguments.model, arguments.device, arguments.dtype)
+        subject = bench.Subject.from_checkpoint(
+            arguments.model, arguments.device, arguments.dtype, cache_packed=arguments.cache_packed
+        )
+    elif arguments.cache_packed:
+        raise ValueError("--cache-packed needs --model: a shape with random weights has no folder")
     else:
         subject = bench.Subject.from_shape(arguments.shape, arguments.device, arguments.dtype)
+    workloads, left_out = bench.plan(
+        subject,
+        prompt_lengths=arguments.prompt_len,
+        prefill_batches=arguments.prefill_batch,
+        contexts=arguments.context,
+        decode_batches=arguments.decode_batch,
+        requests=arguments.requests,
+        runs=arguments.runs,
+        request_prompt=arguments.request_prompt,
+        request_new_tokens=arguments.request_new_tokens,
+    )
+    if left_out:
+        names = ", ".join(workload.name for workload in left_out)
+        room = f"{subject.model.max_positions} positions or its cache"
+        print(f"modeltorch: left out, because they do not fit the model's {room}: {names}", file=sys.stderr)
     # Opened first: a file that cannot be written is told before minutes of measuring.
     with Path(arguments.json).open("a") if arguments.json else contextlib.nullcontext() as file:
-        for result in bench.measure(
-            subject,
-            prompt_lengths=arguments.prompt_len,
-            prefill_batches=arguments.prefill_batch,
-            contexts=arguments.context,
-            decode_batches=arguments.decode_batch,
-            requests=arguments.requests,
-            runs=arguments.runs,
-            request_prompt=arguments.request_prompt,
-            request_new_tokens=arguments.request_new_tokens,
-        ):
+        for result in (result for workload in workloads for result in workload.run()):
             print(result.row(), flush=True)
             if file:
                 file.write(json.dumps(result.as_json()) + "\n")
@@ -158,7 +178,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status (0, or 2 for a user's mistake, told in one line)."""
+    """Runs one command; returns the exit status: 0, or 2 for a user's mistake and 1 for a failure, told in one line."""
     import torch
 
     arguments = build_parser().parse_args(argv)
@@ -179,4 +199,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, NotImplementedError, OSError, ImportError) as error:
         print(f"modeltorch: {error}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        # Memory that ran out, a device that failed, or a bug of ours: one line too, but with the place it came from.
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        said = " ".join(str(error).split("Exception raised from")[0].split()) or "no message"
+        place = f"{Path(frame.filename).name}:{frame.lineno}, {frame.name}"
+        print(f"modeltorch: {said} ({type(error).__name__} at {place})", file=sys.stderr)
+        return 1
     return 0

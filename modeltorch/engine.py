@@ -6,7 +6,9 @@ import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -47,12 +49,35 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     finish_reason: str = ""
 
+    @cached_property
+    def prompt_tensor(self) -> torch.Tensor:
+        """int64 [len(prompt)]."""
+        return torch.tensor(self.prompt, dtype=torch.int64)
+
     @property
     def limit(self) -> int:
         """Most tokens that the sequence may grow to."""
         return len(self.prompt) + (self.max_new_tokens or 0)
 
 
+def _upload(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Copies of host tensors on a device; to a GPU in one copy that the host does not wait for."""
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    ends = list(accumulate(-(-tensor.nbytes // _UPLOAD_ALIGNMENT) * _UPLOAD_ALIGNMENT for tensor in tensors))
+    starts = [0, *ends[:-1]]
+    host = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
+
+    def part_of(memory: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
+        return memory[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+    for start, tensor in zip(starts, tensors, strict=True):
+        part_of(host, start, tensor).copy_(tensor)
+    memory = host.to(device, non_blocking=True)
+    return [part_of(memory, start, tensor) for start, tensor in zip(starts, tensors, strict=True)]
+
+
+_UPLOAD_ALIGNMENT = 256
 _PLANNED_STEPS = 64
 
 
@@ -76,10 +101,11 @@ class DecodeBatch:
         width = max(len(request.blocks) for request in requests)
         rows = [request.blocks + [0] * (width - len(request.blocks)) for request in requests]
         self.host_lengths = [len(request.prompt) + len(request.new_tokens) for request in requests]
-        self.ids = torch.tensor([request.new_tokens[-1] for request in requests], device=device)
         self._host_tables = torch.tensor(rows, dtype=torch.int32)
-        self.tables = self._host_tables.to(device)
+        ids = torch.tensor([request.new_tokens[-1] for request in requests])
+        self.ids, self.tables = _upload((ids, self._host_tables), device)
         self.sampling = sampling_rows([request.sampling for request in requests], device)
+        self.device = device
         self._step = _PLANNED_STEPS
         self._positions = self._slots = self._lengths = self.ids
 
@@ -92,9 +118,8 @@ class DecodeBatch:
         columns = (positions // self.block_size).clamp(max=self.tables.shape[1] - 1)
         blocks = self._host_tables.to(torch.int64).gather(1, columns.t()).t()
         slots = blocks * self.block_size + positions % self.block_size
-        self._positions = positions.to(device)
-        self._slots = slots.to(torch.int32).contiguous().to(device)
-        self._lengths = lengths.to(torch.int32).to(device)
+        planned = (positions, slots.to(torch.int32).contiguous(), lengths.to(torch.int32))
+        self._positions, self._slots, self._lengths = _upload(planned, device)
         self._step = 0
 
     def step_tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -108,6 +133,21 @@ class DecodeBatch:
         self.ids = tokens
         self.host_lengths = [length + 1 for length in self.host_lengths]
         self._step += 1
+
+
+class _TokensOnTheirWay:
+    """The tokens of a step, on their way from the GPU to the host."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        self._host.copy_(tokens, non_blocking=True)
+        self._copied: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied.record(torch.cuda.current_stream(tokens.device))
+
+    def wait(self) -> list[int]:
+        """Waits for them."""
+        self._copied.synchronize()
+        return [int(token) for token in self._host.tolist()]
 
 
 class Engine:
@@ -159,6 +199,8 @@ class Engine:
                 admitted = self._admit(waiting, len(batch.requests) if batch else 0)
                 if admitted:
                     self._prefill(admitted)
+                elif batch is not None and batch.device.type == "cuda":
+                    self._decode_ahead(batch)
                 else:
                     assert batch is not None  # an empty engine admits any request that check() let pass
                     self._decode(batch)
@@ -228,16 +270,30 @@ class Engine:
         lengths = [len(request.prompt) for request in requests]
         width = max(len(request.blocks) for request in requests)
         tables = [request.blocks + [0] * (width - len(request.blocks)) for request in requests]
+        if rows is None:
+            rows = torch.arange(sum(lengths))
+        ids, places, block_tables, slot_rows, input_lengths, rows = _upload(
+            (
+                torch.cat([request.prompt_tensor for request in requests]),
+                torch.cat(positions),
+                torch.tensor(tables, dtype=torch.int32),
+                torch.cat(slots).to(torch.int32),
+                torch.tensor(lengths, dtype=torch.int32),
+                rows,
+            ),
+            self.model.device,
+        )
         return self.model.forward(
-            torch.tensor([token for request in requests for token in request.prompt]),
-            torch.cat(positions),
+            ids,
+            places,
             True,
             self.cache.pairs,
-            torch.tensor(tables, dtype=torch.int32),
-            torch.cat(slots).to(torch.int32),
-            torch.tensor(lengths, dtype=torch.int32),
+            block_tables,
+            slot_rows,
+            input_lengths,
             max(lengths),
             rows,
+            host_lengths=lengths,
         )
 
     def _prefill(self, requests: list[Request]) -> None:
@@ -256,6 +312,27 @@ class Engine:
         tokens = self._read(self.decode_step(batch))
         for request, token in zip(batch.requests, tokens, strict=True):
             self._append(request, token)
+
+    def _decode_ahead(self, batch: DecodeBatch) -> None:
+        """Decodes until a request ends. A step is launched before the tokens of the one before it are read.
+
+        A request that ends with an end-of-sequence token takes part in one more step, whose token is dropped.
+        """
+        going = min(request.limit - len(request.prompt) - len(request.new_tokens) for request in batch.requests)
+        behind = _TokensOnTheirWay(self.decode_step(batch))
+        for _ in range(going - 1):
+            ahead = _TokensOnTheirWay(self.decode_step(batch))
+            self._take(batch, behind)
+            behind = ahead
+            if any(request.finish_reason for request in batch.requests):
+                break
+        self._take(batch, behind)
+
+    def _take(self, batch: DecodeBatch, tokens: _TokensOnTheirWay) -> None:
+        """Appends the tokens of a step to the requests that have not ended before it."""
+        for request, token in zip(batch.requests, tokens.wait(), strict=True):
+            if not request.finish_reason:
+                self._append(request, token)
 
     def decode_step(self, batch: DecodeBatch) -> torch.Tensor:
         """One decode step with sampling; returns the new tokens, int64 [B], and advances the batch."""

@@ -8,17 +8,18 @@ compute_logits need no knowledge of steps.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import operator
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from modeltorch import checkpoint
+from modeltorch.configuration import check_config, rope_settings
 from modeltorch.engine import Engine, Generation, Request
 from modeltorch.paged_cache import DEFAULT_BLOCK_SIZE, PagedCache, free_memory
 from modeltorch.sampling import Sampling
@@ -26,6 +27,7 @@ from modeltorch.sampling import Sampling
 KvCache = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_POLL_SECONDS = 0.1  # between two looks at how far packing is
 _MIXED = 4  # packQuantType MIX_W8A8: with float linears it says only that q, k, v and gate, up are separate
 
 
@@ -42,15 +44,9 @@ def rope_tables(config: Any, head_size: int, dtype: torch.dtype) -> tuple[torch.
 
     Raises:
         NotImplementedError: rope scaling other than linear.
+        ValueError: a value that is not a number, or out of range.
     """
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear"):
-        raise NotImplementedError(f"rope scaling must be default or linear, got {kind}: others are not built")
-    theta = rope.get("rope_theta", getattr(config, "rope_theta", None)) or 10000.0
-    factor = rope.get("factor") if kind == "linear" else 1.0
-    if not isinstance(factor, (int, float)) or not 1.0 <= factor < math.inf:
-        raise ValueError(f"linear rope scaling needs a factor of at least 1, got {factor}")
+    theta, factor = rope_settings(config)
     exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
     inv_freq = (1.0 / theta**exponents) / factor
     angles = torch.arange(config.max_position_embeddings, dtype=torch.float32).unsqueeze(1) * inv_freq
@@ -63,17 +59,6 @@ def _checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
         if dtype in (name, known):
             return known
     raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype}")
-
-
-def _check_config(config: Any) -> None:
-    model_type = getattr(config, "model_type", "qwen2")
-    if model_type != "qwen2":
-        raise NotImplementedError(f"model_type must be qwen2, got {model_type}: other architectures are not built")
-    if getattr(config, "use_sliding_window", False):
-        raise NotImplementedError("use_sliding_window is true, which is not built; only full attention is")
-    activation = getattr(config, "hidden_act", "silu")
-    if activation != "silu":
-        raise NotImplementedError(f"hidden_act must be silu, got {activation}: others are not built")
 
 
 def _check_device(device: torch.device) -> None:
@@ -108,6 +93,7 @@ class FlashQwen2ForCausalLM:
         block_size: int = DEFAULT_BLOCK_SIZE,
         num_blocks: int | None = None,
         cache_gb: float | None = None,
+        packed_folder: Path | None = None,
     ) -> None:
         """Keeps the parts; the first step sets the objects up.
 
@@ -122,12 +108,13 @@ class FlashQwen2ForCausalLM:
             num_blocks: blocks of the cache; None takes cache_gb.
             cache_gb: GiB of the cache; None takes the smaller of 4 and a quarter of free memory, on a GPU or
                 an NPU three quarters of its free memory.
+            packed_folder: where packed weights are kept from one process to the next; None: nowhere.
 
         Raises:
             ValueError: an unknown dtype, or sizes that contradict each other.
             NotImplementedError: an architecture, a feature or a device that is not built.
         """
-        _check_config(config)
+        check_config(config)
         self.config = config
         try:
             self.device = torch.device(device)
@@ -151,6 +138,7 @@ class FlashQwen2ForCausalLM:
         self.placeholder = torch.ones(1, dtype=self.dtype).to(self.device)
         self.ascend_weight: list[torch.Tensor] = []
         self._weights = weights
+        self._packed_folder = packed_folder
         self._bound_cache: list[torch.Tensor] = []
         self._last_operation: Any = None
         self._cache_options = {"block_size": block_size, "num_blocks": num_blocks, "cache_gb": cache_gb}
@@ -168,6 +156,7 @@ class FlashQwen2ForCausalLM:
         block_size: int = DEFAULT_BLOCK_SIZE,
         num_blocks: int | None = None,
         cache_gb: float | None = None,
+        cache_packed: bool = False,
     ) -> FlashQwen2ForCausalLM:
         """Opens a Hugging Face checkpoint: config.json, safetensors, and a tokenizer if there is one.
 
@@ -180,6 +169,9 @@ class FlashQwen2ForCausalLM:
             block_size: see __init__.
             num_blocks: see __init__.
             cache_gb: see __init__.
+            cache_packed: keep the packed weights in the checkpoint's folder, in .modeltorch, and take them from there
+                the next time. Processes that run at once share their memory. The folder may be removed at any time; one
+                that cannot be written costs a warning.
 
         Raises:
             FileNotFoundError: no such checkpoint, or one with a file missing.
@@ -199,6 +191,7 @@ class FlashQwen2ForCausalLM:
             block_size=block_size,
             num_blocks=num_blocks,
             cache_gb=cache_gb,
+            packed_folder=folder.resolve() / ".modeltorch" if cache_packed else None,
         )
         model.init_ascend_weight()
         return model
@@ -227,6 +220,8 @@ class FlashQwen2ForCausalLM:
             "linearQuantType": [[0] * 7] * self.num_layers,
             "linearTransposeType": [[1] * 7] * self.num_layers,
         }
+        if self._packed_folder is not None:
+            parameters["packedWeightFolder"] = str(self._packed_folder)
         self.acl_encoder_operation = torch.classes.ModelTorch.ModelTorch("qwen_PAModel")
         self.acl_decoder_operation = torch.classes.ModelTorch.ModelTorch("qwen_PAModel")
         self.acl_encoder_operation.set_param(json.dumps({**parameters, "isPrefill": True, "supportLcoc": False}))
@@ -293,8 +288,9 @@ class FlashQwen2ForCausalLM:
     def init_ascend_weight(self) -> None:
         """Hands the weight list to both objects and keeps it."""
         self.ascend_weight = self.get_weights()
-        self.acl_encoder_operation.set_weight(self.ascend_weight)
-        self.acl_decoder_operation.set_weight(self.ascend_weight)
+        with _packing_shown(self.acl_encoder_operation.progress):
+            self.acl_encoder_operation.set_weight(self.ascend_weight)
+        self.acl_decoder_operation.set_weight(self.ascend_weight)  # shares what the first has packed
 
     def init_kvcache(self, kv_cache: KvCache) -> None:
         """Hands the caches to both objects, unless they hold these very tensors already.
@@ -436,6 +432,41 @@ class FlashQwen2ForCausalLM:
 
     __call__ = forward
 
+    def warm_up(self, batch_sizes: Sequence[int] = (), prompt_lengths: Sequence[int] = ()) -> None:
+        """Runs steps of these sizes that leave the cache as it is, so that later ones set nothing up.
+
+        On a GPU the first step of a size loads kernels, measures which are the fastest and captures a graph.
+
+        Args:
+            batch_sizes: decode steps of so many sequences.
+            prompt_lengths: prefills of one prompt of so many tokens.
+
+        Raises:
+            ValueError: a size that is not a whole number of at least 1.
+        """
+        if any(operator.index(size) < 1 for size in (*batch_sizes, *prompt_lengths)):
+            raise ValueError(f"sizes must be at least 1, got {[*batch_sizes, *prompt_lengths]}")
+        width = -(-self.max_positions // self.cache.block_size)
+        with self._lock:
+            for is_prefill, sizes in ((False, batch_sizes), (True, prompt_lengths)):
+                for size in sizes:
+                    sequences = 1 if is_prefill else size
+                    zeros = torch.zeros(size, dtype=torch.int64, device=self.device)
+                    lengths = [size] if is_prefill else [1] * size
+                    arguments = (
+                        zeros,
+                        zeros,
+                        is_prefill,
+                        self.cache.pairs,
+                        torch.zeros(sequences, min(width, self.cache.num_blocks), dtype=torch.int32),
+                        zeros - 1,
+                        torch.tensor(lengths, dtype=torch.int32),
+                        max(lengths),
+                        zeros[:1] if is_prefill else None,
+                    )
+                    for _ in range(2):
+                        self.forward(*arguments)
+
     # ---- whole answers --------------------------------------------------------------------------------------
 
     @property
@@ -551,3 +582,30 @@ def _with_progress(specs: list[dict[str, Any]]) -> Any:
     except ImportError:
         return specs
     return tqdm(specs, desc="weights", unit="tensor", disable=None, leave=False)
+
+
+@contextlib.contextmanager
+def _packing_shown(progress: Callable[[], float]) -> Iterator[None]:
+    """A second bar, for as long as an object packs its weights; `progress` tells the part that is done."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield
+        return
+    with tqdm(total=100, desc="packing", unit="%", disable=None, leave=False) as bar:
+        if bar.disable:
+            yield
+            return
+        done = threading.Event()
+
+        def show() -> None:
+            while not done.wait(_POLL_SECONDS):
+                bar.update(round(100 * progress()) - bar.n)
+
+        watcher = threading.Thread(target=show, name="packing", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()

@@ -1,12 +1,18 @@
-"""What bounds a step on this machine: the bytes and operations it cannot avoid, and the rates measured for them."""
+"""What a step is measured against: the bytes and operations that it cannot avoid, over rates of this machine.
+
+The rates are references measured in the same run, not bounds. Memory is read by a probe of our own, and the linears are
+multiplied by torch's library. A step may exceed them: on a machine that others use too, where its weights stay in the
+caches, or where its kernels are better than torch's.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,16 +20,30 @@ if TYPE_CHECKING:
     from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
 
 _READ_SAMPLE_BYTES = 250_000_000  # several times the caches; no power of two, which would put streams on one bank
+_GPU_READ_SAMPLE_BYTES = 2 * 2**30
+_TIMES_THE_CACHE = 4  # a step of so many times the last cache reads nearly all of it from memory
+
+
+def last_level_cache(folder: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Bytes of all the caches of the last level that the processor has; 0 where Linux does not say."""
+    sizes: dict[int, dict[str, int]] = {}
+    for cache in folder.glob("cpu[0-9]*/cache/index[0-9]*"):
+        try:
+            level, shared, size = ((cache / name).read_text().strip() for name in ("level", "shared_cpu_list", "size"))
+            sizes.setdefault(int(level), {})[shared] = int(size.removesuffix("K")) * 1024
+        except (OSError, ValueError):
+            continue
+    return sum(sizes[max(sizes)].values()) if sizes else 0
 
 
 @dataclass(frozen=True)
 class Limit:
-    """The rate that bounds a workload, and how near its median came.
+    """A reference rate, and what part of it a workload's median reached.
 
     Attributes:
         rate: measured in the same run, in `unit`.
         unit: "GB/s" or "GFLOP/s".
-        fraction: the workload's own rate over it.
+        fraction: the workload's own rate over it; above 1 where the workload was faster than the reference.
     """
 
     rate: float
@@ -64,15 +84,59 @@ class ReadRate:
 
     def __post_init__(self) -> None:
         self._probe = torch.classes.ModelTorch.ReadProbe(_READ_SAMPLE_BYTES)
+        self._cache_bytes = last_level_cache()
 
     def sample(self) -> None:
         """Reads the sample once with every thread."""
         self.samples.append(_READ_SAMPLE_BYTES / self._probe.seconds() / 1e9)
 
-    def limit(self, moved: int, seconds: float) -> Limit:
-        """For a step that moves so many bytes in so much time."""
-        rate = statistics.median(self.samples)
-        return Limit(rate, "GB/s", moved / seconds / 1e9 / rate)
+    def rate(self) -> float:
+        """The median of the samples, in GB/s."""
+        return statistics.median(self.samples)
+
+    def limit(self, moved: int, seconds: float) -> Limit | None:
+        """For a step that moves so many bytes in so much time; None where much of them may come from the caches."""
+        if moved < _TIMES_THE_CACHE * self._cache_bytes:
+            return None
+        return Limit(self.rate(), "GB/s", moved / seconds / 1e9 / self.rate())
+
+
+class GpuReadRate(ReadRate):
+    """The same for the memory of a GPU: the sum of a large tensor, in GPU time."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def __post_init__(self) -> None:
+        self._cache_bytes = 0
+
+    def sample(self) -> None:
+        """Reads the sample several times and keeps the fastest."""
+        memory = torch.randn(_GPU_READ_SAMPLE_BYTES // 4, device=self._device)
+        seconds = min(_gpu_seconds(memory.sum) for _ in range(5))
+        self.samples.append(_GPU_READ_SAMPLE_BYTES / seconds / 1e9)
+
+
+def _gpu_seconds(body: Callable[[], object]) -> float:
+    """Seconds that the GPU takes for what `body` launches."""
+    start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    start.record()
+    body()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def read_rate(device: torch.device) -> ReadRate | None:
+    """What measures how fast a device reads its memory; None where nothing does."""
+    return ReadRate() if device.type == "cpu" else GpuReadRate(device) if device.type == "cuda" else None
+
+
+def linear_rate(model: FlashQwen2ForCausalLM, rows: int) -> LinearRate | None:
+    """What measures how fast torch's own library multiplies on a model's device; None where nothing does."""
+    return LinearRate(model, rows) if model.device.type in ("cpu", "cuda") else None
 
 
 class LinearRate:
@@ -80,20 +144,29 @@ class LinearRate:
 
     def __init__(self, model: FlashQwen2ForCausalLM, rows: int) -> None:
         self._flops = 2 * rows * sum(n * k for n, k in _linear_shapes(model))
-        self._pairs = [
-            (torch.randn(rows, k).to(model.dtype), torch.randn(n, k).to(model.dtype)) for n, k in _linear_shapes(model)
-        ]
+        self._on_gpu = model.device.type == "cuda"
+
+        def normal(*sizes: int) -> torch.Tensor:
+            return torch.randn(*sizes, device=model.device).to(model.dtype)
+
+        self._pairs = [(normal(rows, k), normal(n, k)) for n, k in _linear_shapes(model)]
         self.samples: list[float] = []
 
     def sample(self) -> None:
         """Multiplies the linears of one layer, twice, and keeps the faster time."""
         seconds = []
         for _ in range(2):
+            if self._on_gpu:
+                seconds.append(_gpu_seconds(self._multiply))
+                continue
             start = time.perf_counter()
-            for x, weight in self._pairs:
-                torch.nn.functional.linear(x, weight)
+            self._multiply()
             seconds.append(time.perf_counter() - start)
         self.samples.append(self._flops / min(seconds) / 1e9)
+
+    def _multiply(self) -> None:
+        for x, weight in self._pairs:
+            torch.nn.functional.linear(x, weight)
 
     def limit(self, flops: int, seconds: float) -> Limit:
         """For a step of so many operations in so much time."""

@@ -11,6 +11,8 @@ import torch
 
 GIB = 2**30
 DEFAULT_BLOCK_SIZE = 128
+MAX_ROWS = 2**31 - 1
+_EVERYTHING_GB = 2.0**33  # more than any address reaches
 
 
 def available_memory() -> int:
@@ -58,10 +60,17 @@ class PagedCache:
         self.block_size = block_size
         self.num_blocks = num_blocks
         # Uninitialised on purpose: rows that were never written are never read, and untouched pages cost nothing.
-        self.pairs = [
-            (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
-            for _ in range(num_layers)
-        ]
+        try:
+            self.pairs = [
+                (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+                for _ in range(num_layers)
+            ]
+        except RuntimeError as error:  # torch's only word for memory that is not there
+            asked = 2 * num_layers * math.prod(shape) * dtype.itemsize
+            raise ValueError(
+                f"a cache of {num_blocks} blocks of {block_size} tokens takes {asked} bytes ({asked / GIB:.1f} GiB), "
+                f"which {device} does not have: lower num_blocks or cache_gb"
+            ) from error
         self._free = list(range(num_blocks - 1, -1, -1))
 
     @staticmethod
@@ -74,9 +83,16 @@ class PagedCache:
         for name, count in (("block_size", block_size), ("num_blocks", num_blocks)):
             if count is None and name == "num_blocks":
                 continue
-            if not isinstance(count, int) or count < 1:
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}")
-        if cache_gb is not None and (not isinstance(cache_gb, (int, float)) or not 0 < cache_gb < math.inf):
+        rows = block_size * (num_blocks or 1)
+        if rows > MAX_ROWS:
+            raise ValueError(
+                f"a cache has at most {MAX_ROWS} rows, which slots count in 32 bits, got {num_blocks or 1} blocks of "
+                f"{block_size}: lower num_blocks or block_size"
+            )
+        is_number = isinstance(cache_gb, (int, float)) and not isinstance(cache_gb, bool)
+        if cache_gb is not None and not (is_number and 0 < cache_gb < math.inf):
             raise ValueError(f"cache_gb must be a positive number, got {cache_gb!r}")
 
     @staticmethod
@@ -96,13 +112,13 @@ class PagedCache:
             ValueError: not even one block fits.
         """
         block_bytes = 2 * num_layers * block_size * kv_heads * head_size * dtype.itemsize
-        budget = free_memory if cache_gb is None else int(cache_gb * GIB)
+        budget = free_memory if cache_gb is None else int(min(cache_gb, _EVERYTHING_GB) * GIB)
         if budget < block_bytes:
             raise ValueError(
-                f"a cache of {budget / GIB:.3f} GiB does not hold one block of {block_size} tokens "
-                f"({block_bytes / GIB:.3f} GiB); raise cache_gb or lower block_size"
+                f"a cache of {budget} bytes ({budget / GIB:.3f} GiB) does not hold one block of {block_size} tokens, "
+                f"which takes {block_bytes}; raise cache_gb or lower block_size"
             )
-        return min(budget // block_bytes, (2**31 - 1) // block_size)
+        return min(budget // block_bytes, MAX_ROWS // block_size)
 
     @property
     def free_blocks(self) -> int:

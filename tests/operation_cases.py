@@ -337,7 +337,8 @@ def rope_attention_cases(sizes: list[tuple[list[int], int, int, int, int]], is_p
             angles = torch.cat([angles, angles], dim=1)
             rows = [paging.rows(table, n) for table, n in zip(tables, paging.contexts, strict=True)]
             slots = torch.cat([row[-1:] if is_paged else row for row in rows]).to(torch.int32)
-            slots[2::5] = -1
+            if not is_paged:  # in decode a token whose key is nowhere has no defined context
+                slots[2::5] = -1
             caches = [paging.cache(generator, dtype, tables) for _ in range(2)]
             qkv = _normal(generator, dtype, tokens, (heads + 2 * paging.kv_heads) * d)
             inputs = [qkv, angles.cos().to(dtype), angles.sin().to(dtype), *caches, slots, lengths]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from reference import Shape, random_model
 
-from modeltorch import bench, cli, shapes
+from modeltorch import bench, cli, limits, shapes
+from modeltorch.checkpoint import BUNDLED
 from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
 
 KEYS = {
@@ -28,7 +31,8 @@ KEYS = {
     "torch": str,
 }
 LIMIT_KEYS = {"limit": float, "limit_unit": str, "fraction_of_limit": float}
-QUICK = ["--prompt-len", "8", "--context", "80", "--decode-batch", "1", "--runs", "2", "--threads", "1"]
+SHORT = ["--prompt-len", "8", "--prefill-batch", "1", "--context", "80", "--decode-batch", "1", "--requests", "0"]
+QUICK = [*SHORT, "--runs", "2", "--threads", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +63,7 @@ def report(tiny, tmp_path_factory) -> tuple[dict[tuple[str, str], dict], list[st
     arguments = ["bench", "--model", str(tiny), "--dtype", "float32", "--json", str(file), "--threads", "1"]
     lists = ["--prompt-len", "16,128", "--prefill-batch", "1,3", "--context", "80,300", "--decode-batch", "1,2"]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modeltorch.limits.last_level_cache", lambda: 1)  # a model this small lies in any real one
         printed: list[str] = []
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
         assert cli.main([*arguments, *lists, "--requests", "5", "--runs", "3"]) == 0
@@ -137,6 +142,108 @@ def test_the_shapes_have_the_parameters_of_the_published_models(name, parameters
     assert set(shapes.SHAPES) == set(PARAMETERS)
 
 
+# ---- the usual sizes ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def named(monkeypatch) -> list[str]:
+    """Names of the measurements that were begun; none is made."""
+    begun: list[str] = []
+    for kind, name in (("prefill", "prefill_b{}_s{}"), ("decode", "decode_b{}_ctx{}"), ("serve", "serve_r{}")):
+
+        def measurement(subject, *sizes, name=name):
+            begun.append(name.format(*sizes))
+            yield from ()
+
+        monkeypatch.setattr(bench, kind, measurement)
+    return begun
+
+
+def test_without_options_every_usual_size_is_measured(tiny, named, tmp_path, capsys):
+    folder = tmp_path / "long"
+    random_model(Shape(layers=1, max_positions=4096)).save_pretrained(folder)
+    capsys.readouterr()
+    assert cli.main(["bench", "--model", str(folder)]) == 0
+    prefills = [f"prefill_b{batch}_s{length}" for batch in (1, 8) for length in (128, 512)]
+    decodes = [f"decode_b{batch}_ctx{context}" for batch in (1, 8) for context in (128, 2048)]
+    assert named == [*prefills, *decodes, "serve_r256"]
+    assert capsys.readouterr().err == ""
+
+
+def test_usual_sizes_that_the_bundled_model_has_no_room_for_are_left_out_and_named(named, capsys):
+    assert cli.main(["bench", "--model", str(BUNDLED)]) == 0
+    assert named == ["prefill_b1_s128", "prefill_b8_s128", "decode_b1_ctx128", "decode_b8_ctx128"]
+    error = capsys.readouterr().err
+    assert error.startswith("modeltorch: left out")
+    assert error.count("\n") == 1
+    assert "512 positions" in error
+    left_out = ("prefill_b1_s512", "prefill_b8_s512", "decode_b1_ctx2048", "decode_b8_ctx2048", "serve_r256")
+    assert all(name in error for name in left_out)
+
+
+def test_an_empty_list_leaves_its_kind_out(named, tiny):
+    assert cli.main(["bench", "--model", str(tiny), "--prompt-len", "", "--context", "80", "--requests", "0"]) == 0
+    assert named == ["decode_b1_ctx80", "decode_b8_ctx80"]
+
+
+# ---- what a step is measured against -----------------------------------------------------------------
+
+
+def test_the_last_level_of_the_caches_is_added_up_over_those_that_are_not_the_same(tmp_path):
+    caches = [
+        (0, 1, "48K", "0"),
+        (0, 3, "1024K", "0-1"),
+        (1, 3, "1024K", "0-1"),
+        (2, 3, "512K", "2"),
+        (2, 2, "64K", "2"),
+    ]
+    for number, (cpu, level, size, shared) in enumerate(caches):
+        folder = tmp_path / f"cpu{cpu}" / "cache" / f"index{number}"
+        folder.mkdir(parents=True)
+        for name, content in (("level", level), ("size", size), ("shared_cpu_list", shared)):
+            (folder / name).write_text(f"{content}\n")
+    assert limits.last_level_cache(tmp_path) == (1024 + 512) * 1024
+    assert limits.last_level_cache(tmp_path / "nothing") == 0
+
+
+@pytest.mark.parametrize(("moved", "has_limit"), [(399, False), (400, True)])
+def test_a_step_that_may_read_from_the_caches_has_no_read_limit(monkeypatch, moved, has_limit):
+    monkeypatch.setattr(limits, "last_level_cache", lambda: 100)
+    rate = limits.ReadRate(samples=[2.0, 8.0, 4.0])
+    limit = rate.limit(moved, 1e-6)
+    assert (limit is not None) == has_limit
+    if limit is not None:
+        assert (limit.rate, limit.unit, limit.fraction) == (4.0, "GB/s", pytest.approx(moved / 4000))
+
+
+@pytest.mark.parametrize("kind", ["cuda", "npu"])
+def test_an_accelerator_is_named_and_waited_for_before_and_after_what_is_timed(monkeypatch, kind):
+    done: list[object] = []
+    device = SimpleNamespace(type=kind)  # no torch.device: a torch without torch_npu knows no "npu"
+    module = SimpleNamespace(synchronize=lambda of: done.append(of), get_device_name=lambda of: f"{of.type} 9000")
+    monkeypatch.setattr(torch, kind, module, raising=False)
+    monkeypatch.setattr(bench, "_driver", lambda: "1.2")
+    assert bench.hardware(device) == ("cuda 9000, driver 1.2" if kind == "cuda" else "npu 9000")
+    bench._seconds(device, lambda: done.append("body"))
+    assert done == [device, "body", device]
+
+
+def test_the_processor_asks_for_no_accelerator(monkeypatch):
+    monkeypatch.delattr(torch, "npu", raising=False)
+    monkeypatch.delattr(torch, "cuda")
+    device = torch.device("cpu")
+    assert f"{torch.get_num_threads()} threads" in bench.hardware(device)
+    assert bench._seconds(device, lambda: None) >= 0
+
+
+def test_operations_are_measured_against_the_same_read_rate_as_steps(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    bench_ops = importlib.import_module("bench_ops")
+    rates = iter(range(1, 1 + bench_ops.READ_SAMPLES))
+    monkeypatch.setattr(limits.ReadRate, "sample", lambda self: self.samples.append(float(next(rates))))
+    assert bench_ops.read_rate() == statistics.median(range(1, 1 + bench_ops.READ_SAMPLES)) * 1e9
+
+
 # ---- what is timed ----------------------------------------------------------------------------------
 
 
@@ -195,6 +302,13 @@ MISTAKES = {
     "a prompt beyond the positions": (["--prompt-len", "2049"], ["2049", "2048 positions"]),
     "a context beyond the positions": (["--context", "2048"], ["2048 positions"]),
     "a batch beyond the cache": (["--decode-batch", "300000"], ["cache", "300000"]),
+    "a prompt longer than any number": (["--prompt-len", "9" * 20], ["9" * 20, "2048 positions"]),
+    "a prefill batch longer than any number": (["--prefill-batch", "9" * 20], ["cache", "9" * 20]),
+    "a context longer than any number": (["--context", "9" * 20], ["9" * 20, "2048 positions"]),
+    "more requests than memory": (["--requests", "9" * 20], ["--requests", "9" * 20]),
+    "requests longer than the positions": (["--requests", "1", "--request-prompt", "64,2000"], ["serve_r1", "2048"]),
+    "requests of longer answers": (["--requests", "1", "--request-new-tokens", "9" * 20], ["serve_r1", "2048"]),
+    "nothing": (["--prompt-len", "", "--context", ""], ["nothing to measure"]),
     "no runs": (["--runs", "0"], ["--runs", "0"]),
     "fewer runs than none": (["--runs", "-1"], ["--runs", "-1"]),
     "fewer requests than none": (["--requests", "-1"], ["--requests", "-1"]),

@@ -1,66 +1,25 @@
-"""Checkpoints as transformers writes them: what is read, how it is held, what is said of broken ones."""
+"""Checkpoints as transformers writes them: what is read, how it is held, where answers end."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from reference import Shape, random_model, reference_logits, relative_error
-from safetensors.torch import load_file, save_file
+from checkpoints import INDEX, edit_json, edit_weights, opened, written
+from reference import Shape, reference_logits, relative_error
 from transformers import Qwen2ForCausalLM
 
 from modeltorch import checkpoint
-from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
+
+pytestmark = pytest.mark.usefixtures("one_thread", "offline")
 
 SEQUENCES = [[5, 9, 2, 77, 31, 8, 150, 0], [3], list(range(60, 100))]
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models this small gain nothing from a second thread, and wait for it where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-def written(
-    folder: Path, shape: Shape | None = None, dtype: torch.dtype = torch.float32, shard_size: str = "1GB"
-) -> Path:
-    """A checkpoint of a random model, as transformers saves it."""
-    random_model(shape or Shape()).to(dtype).save_pretrained(folder, max_shard_size=shard_size)
-    return folder
-
-
-def opened(folder: Path | str, dtype: torch.dtype = torch.float32) -> FlashQwen2ForCausalLM:
-    return FlashQwen2ForCausalLM.from_pretrained(folder, dtype=dtype, block_size=16, num_blocks=40)
-
-
-def edit_json(path: Path, remove: tuple[str, ...] = (), **changes: object) -> None:
-    content = {key: value for key, value in json.loads(path.read_text()).items() if key not in remove}
-    path.write_text(json.dumps(content | changes))
-
-
-def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    weights = load_file(folder / SINGLE)
-    edit(weights)
-    save_file(weights, folder / SINGLE, metadata={"format": "pt"})
 
 
 def assert_equals_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -79,7 +38,7 @@ def assert_equals_transformers(folder: Path, dtype: torch.dtype = torch.float32)
             assert relative_error(logits, exact) <= 1.5 * relative_error(theirs, exact)
 
 
-# ---- what is read --------------------------------------------------------------------------------
+# ---- what is read ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -153,7 +112,7 @@ def test_a_folder_may_be_text_or_a_path(tmp_path, kind):
     assert opened(kind(folder)).compute_logits([[1, 2]])[0].shape == (2, Shape().vocab)
 
 
-# ---- how it is held ------------------------------------------------------------------------------
+# ---- how it is held --------------------------------------------------------------------------------
 
 
 def test_reading_a_tensor_twice_gives_the_same_memory(tmp_path):
@@ -249,7 +208,7 @@ def test_both_objects_hold_the_same_tensors_and_a_tied_head_is_the_embedding(tmp
     assert head.dtype == dtype
 
 
-# ---- tokenizer and end of an answer --------------------------------------------------------------
+# ---- tokenizer and end of an answer ----------------------------------------------------------------
 
 
 def test_a_checkpoint_without_a_tokenizer_takes_token_lists_and_refuses_text(tmp_path):
@@ -275,6 +234,8 @@ def test_a_checkpoint_with_a_tokenizer_takes_text_token_lists_and_both_at_once(t
 
 
 FIRST, SECOND, ABSENT = "first", "second", 150
+
+
 ENDS = {
     "null": (None, {}, None),
     "a number": (SECOND, {}, SECOND),
@@ -311,134 +272,3 @@ def test_answers_end_at_the_token_that_the_checkpoint_names(tmp_path, in_config,
     else:
         end = free.index(resolved(expected)) + 1
         assert (answer.token_ids, answer.finish_reason) == (free[:end], "stop")
-
-
-# ---- what is said about broken ones --------------------------------------------------------------
-
-
-def drop(name: str) -> Callable[[Path], None]:
-    return lambda folder: edit_weights(folder, lambda weights: weights.pop(name))
-
-
-def reshape(name: str, *shape: int) -> Callable[[Path], None]:
-    return lambda folder: edit_weights(folder, lambda weights: weights.update({name: torch.ones(shape)}))
-
-
-def config(**changes: object) -> Callable[[Path], None]:
-    return lambda folder: edit_json(folder / "config.json", **changes)
-
-
-def remove(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).unlink()
-
-
-def overwrite(name: str, content: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_text(content)
-
-
-def cut_in_half(name: str) -> Callable[[Path], None]:
-    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
-
-
-def old_rope(**scaling: object) -> Callable[[Path], None]:
-    return lambda folder: edit_json(
-        folder / "config.json", remove=("rope_parameters",), rope_theta=1e4, rope_scaling=scaling
-    )
-
-
-def new_rope(**parameters: object) -> Callable[[Path], None]:
-    return config(rope_parameters={"rope_theta": 1e4, **parameters})
-
-
-LAST_NORM = "model.layers.1.post_attention_layernorm.weight"
-DOWN = "model.layers.1.mlp.down_proj.weight"
-BROKEN = {
-    "no config": (remove("config.json"), FileNotFoundError, ["config.json"]),
-    "a config that is no JSON": (overwrite("config.json", "{"), ValueError, ["config.json"]),
-    "a config that is a list": (overwrite("config.json", "[]"), ValueError, ["config.json"]),
-    "a config without model_type": (overwrite("config.json", "{}"), ValueError, ["model_type"]),
-    "no weights": (remove(SINGLE), FileNotFoundError, [SINGLE, INDEX]),
-    "weights cut off": (cut_in_half(SINGLE), ValueError, [SINGLE]),
-    "weights that are something else": (overwrite(SINGLE, "<html>"), ValueError, [SINGLE]),
-    "a missing norm": (drop(LAST_NORM), ValueError, ["lacks", LAST_NORM]),
-    "a missing bias": (drop("model.layers.0.self_attn.k_proj.bias"), ValueError, ["lacks", "k_proj.bias"]),
-    "a missing head that is not tied": (drop("lm_head.weight"), ValueError, ["lacks", "lm_head.weight"]),
-    "a layer too few": (config(num_hidden_layers=3, layer_types=None), ValueError, ["lacks", "layers.2."]),
-    "a matrix of the wrong shape": (reshape(DOWN, 64, 95), ValueError, ["down", "[64, 95]", "96"]),
-    "a norm of the wrong shape": (reshape(LAST_NORM, 63), ValueError, ["norm", "[63]", "64"]),
-    "too many heads": (config(num_attention_heads=8), ValueError, ["128", "[64, 64]"]),
-    "another vocabulary": (config(vocab_size=500), ValueError, ["embed", "500", "152"]),
-    "another hidden size": (config(hidden_size=128), ValueError, ["embed", "128", "64"]),
-    "another architecture": (config(model_type="llama"), NotImplementedError, ["model_type", "llama"]),
-    "an unknown architecture": (config(model_type="zork"), NotImplementedError, ["model_type", "zork"]),
-    "a sliding window": (config(use_sliding_window=True), NotImplementedError, ["use_sliding_window"]),
-    "another activation": (config(hidden_act="gelu"), NotImplementedError, ["hidden_act", "gelu"]),
-    "old yarn": (old_rope(type="yarn", factor=4.0), NotImplementedError, ["rope scaling", "yarn"]),
-    "new yarn": (new_rope(rope_type="yarn", factor=4.0), NotImplementedError, ["rope scaling", "yarn"]),
-    "dynamic": (new_rope(rope_type="dynamic", factor=4.0), NotImplementedError, ["rope scaling", "dynamic"]),
-    "linear without a factor": (new_rope(rope_type="linear"), ValueError, ["factor"]),
-    "linear of factor 0": (new_rope(rope_type="linear", factor=0.0), ValueError, ["factor", "0"]),
-}
-
-
-def assert_one_sentence_names(error: BaseException, words: list[str]) -> None:
-    message = str(error)
-    assert "\n" not in message
-    assert all(word in message for word in words), message
-
-
-@pytest.mark.parametrize(("spoil", "kind", "words"), BROKEN.values(), ids=BROKEN)
-def test_one_exception_names_what_is_wrong_with_a_checkpoint(tmp_path, spoil, kind, words):
-    folder = written(tmp_path / "it")
-    spoil(folder)
-    with pytest.raises(kind) as caught:
-        opened(folder)
-    assert_one_sentence_names(caught.value, words)
-
-
-def delete_second_shard(folder: Path) -> str:
-    shard = sorted(folder.glob("model-*.safetensors"))[1]
-    shard.unlink()
-    return shard.name
-
-
-def move_norm_in_the_index(folder: Path) -> str:
-    files = json.loads((folder / INDEX).read_text())["weight_map"]
-    other = next(file for file in files.values() if file != files["model.norm.weight"])
-    edit_json(folder / INDEX, weight_map=files | {"model.norm.weight": other})
-    return "model.norm.weight"
-
-
-def forget_the_weight_map(folder: Path) -> str:
-    edit_json(folder / INDEX, remove=("weight_map",))
-    return INDEX
-
-
-@pytest.mark.parametrize(
-    ("spoil", "kind"),
-    [
-        (delete_second_shard, FileNotFoundError),
-        (move_norm_in_the_index, ValueError),
-        (forget_the_weight_map, ValueError),
-    ],
-)
-def test_one_exception_names_what_is_wrong_with_a_sharded_checkpoint(tmp_path, spoil, kind):
-    folder = written(tmp_path / "it", shard_size="50KB")
-    named = spoil(folder)
-    with pytest.raises(kind) as caught:
-        opened(folder)
-    assert_one_sentence_names(caught.value, [named])
-
-
-@pytest.mark.parametrize("name", ["nowhere/at-all", "nowhere", "./nowhere", "a/b/c", "/no/such/folder"])
-def test_a_name_that_is_neither_a_folder_nor_a_reachable_hub_id_is_told(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError) as caught:
-        opened(name)
-    assert_one_sentence_names(caught.value, [name])
-
-
-def test_a_file_in_place_of_a_folder_is_told(tmp_path):
-    folder = written(tmp_path / "it")
-    with pytest.raises(FileNotFoundError, match="folder"):
-        opened(folder / SINGLE)

@@ -150,6 +150,19 @@ def without_json(folder: Path) -> Path:
     return folder
 
 
+def with_empty_tokenizer(folder: Path) -> Path:
+    without_tokenizer(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def without_heads(folder: Path) -> Path:
+    without_tokenizer(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 0}))
+    return folder
+
+
 PROMPT = given("1+1=")
 MISTAKES: dict[str, tuple[list, list[str]]] = {
     "no prompt": ([], ["prompt"]),
@@ -160,6 +173,8 @@ MISTAKES: dict[str, tuple[list, list[str]]] = {
     "a checkpoint without a tokenizer": ([*PROMPT, "--model", without_tokenizer], ["tokenizer"]),
     "a checkpoint cut off": ([*PROMPT, "--model", cut_off], ["model.safetensors"]),
     "a configuration that is no JSON": ([*PROMPT, "--model", without_json], ["config.json"]),
+    "a tokenizer that is empty": ([*PROMPT, "--model", with_empty_tokenizer], ["tokenizer.json"]),
+    "a configuration without heads": ([*PROMPT, "--model", without_heads], ["config.json", "num_attention_heads"]),
     "no new tokens": ([*PROMPT, "--max-new-tokens", "0"], ["max_new_tokens", "0"]),
     "too many new tokens": ([*PROMPT, "--max-new-tokens", "99999999999"], ["99999999999", "positions"]),
     "a top_p above 1": ([*PROMPT, "--top-p", "1.5"], ["top_p", "1.5"]),
@@ -208,6 +223,18 @@ def test_options_that_do_not_parse_end_with_status_2_and_the_usage(capsys, argum
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.startswith("usage: modeltorch")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError])
+def test_a_failure_is_told_in_one_line_with_the_place_it_came_from(capsys, monkeypatch, error):
+    def fails(*arguments, **keywords):
+        raise error("DefaultAllocator: cannot\nallocate 5 bytes")
+
+    monkeypatch.setattr(FlashQwen2ForCausalLM, "generate", fails)
+    assert cli.main(["generate", *PROMPT]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert_one_line(output.err, ["cannot allocate 5 bytes", error.__name__, "test_cli.py:", "fails"])
 
 
 def test_an_interrupt_ends_the_command_without_a_traceback(capsys, monkeypatch):

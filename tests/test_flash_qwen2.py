@@ -3,105 +3,20 @@
 from __future__ import annotations
 
 import json
-import weakref
-from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import Shape, random_model, reference_logits, relative_error
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from flash_callers import BLOCK_SIZE, BLOCKS, SHAPE, TOLERANCE, Caller, new_caches
+from reference import relative_error
+from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM, rope_tables
 
-SHAPE = Shape(layers=2)
-BLOCK_SIZE = 16
-BLOCKS = 24
-PROMPTS = [list(range(40)), [9], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], [100, 2, 77]]
-TOLERANCE = 1e-4
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-Pairs = list[tuple[torch.Tensor, torch.Tensor]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models this small gain nothing from a second thread, and wait for it where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def reference() -> Qwen2ForCausalLM:
-    return random_model(SHAPE)
-
-
-@pytest.fixture
-def model(reference) -> FlashQwen2ForCausalLM:
-    return FlashQwen2ForCausalLM(reference.config, reference.state_dict(), dtype="float32")
-
-
-def new_caches(blocks: int = BLOCKS) -> Pairs:
-    """A caller's own caches; rows that nobody wrote are NaN."""
-    shape = (blocks, BLOCK_SIZE, SHAPE.kv_heads, SHAPE.head_size)
-    return [(torch.full(shape, float("nan")), torch.full(shape, float("nan"))) for _ in range(SHAPE.layers)]
-
-
-class Caller:
-    """What a script does around forward: block tables in any order, slots, positions."""
-
-    def __init__(self, caches: Pairs, prompts: Sequence[Sequence[int]] = PROMPTS) -> None:
-        self.caches = caches
-        self.sequences = [list(prompt) for prompt in prompts]
-        order = torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(5)).tolist()
-        width = max(len(prompt) for prompt in prompts) // BLOCK_SIZE + 2
-        self.tables = torch.tensor([[order.pop() for _ in range(width)] for _ in prompts])
-        assert not torch.equal(self.tables.flatten(), self.tables.flatten().sort().values)
-
-    def slot(self, sequence: int, position: int) -> int:
-        block = int(self.tables[sequence, position // BLOCK_SIZE])
-        return block * BLOCK_SIZE + position % BLOCK_SIZE
-
-    def prefill(self) -> tuple:
-        """The arguments of forward up to max_seq_len."""
-        places = [(n, place) for n, tokens in enumerate(self.sequences) for place in range(len(tokens))]
-        return (
-            torch.tensor([self.sequences[n][place] for n, place in places]),
-            torch.tensor([place for _, place in places]),
-            True,
-            self.caches,
-            self.tables,
-            torch.tensor([self.slot(n, place) for n, place in places]),
-            torch.tensor([len(tokens) for tokens in self.sequences]),
-            max(len(tokens) for tokens in self.sequences),
-        )
-
-    def decode(self, new_tokens: Sequence[int]) -> tuple:
-        """Appends a token to each sequence; the arguments of forward up to max_seq_len."""
-        for tokens, token in zip(self.sequences, new_tokens, strict=True):
-            tokens.append(token)
-        lengths = [len(tokens) for tokens in self.sequences]
-        return (
-            torch.tensor(list(new_tokens)),
-            torch.tensor([length - 1 for length in lengths]),
-            False,
-            self.caches,
-            self.tables,
-            torch.tensor([self.slot(n, length - 1) for n, length in enumerate(lengths)]),
-            torch.tensor(lengths),
-            max(lengths),
-        )
-
-    def every_row(self, reference: Qwen2ForCausalLM) -> torch.Tensor:
-        return torch.cat([reference_logits(reference, tokens) for tokens in self.sequences])
-
-    def last_rows(self, reference: Qwen2ForCausalLM) -> torch.Tensor:
-        return torch.cat([reference_logits(reference, tokens)[-1:] for tokens in self.sequences])
-
-
-# ---- forward -------------------------------------------------------------------------------------
+# ---- forward ---------------------------------------------------------------------------------------
 
 
 def test_prefill_without_indices_gives_the_logits_of_every_token(model, reference):
@@ -165,6 +80,8 @@ def test_the_model_itself_can_be_called(model):
 
 
 IDS, POSITIONS, TABLES, SLOTS_OF, LENGTHS = 0, 1, 4, 5, 6
+
+
 WRONG = {
     "ids": (IDS, lambda ids: ids + SHAPE.vocab, "input_ids"),
     "ids of another type": (IDS, lambda ids: ids.float(), "input_ids"),
@@ -203,7 +120,8 @@ def test_a_keyword_that_asks_for_a_feature_that_is_not_built_is_refused_by_name(
     assert model.forward(*caller.prefill(), **{name: None}).shape == (60, SHAPE.vocab)
 
 
-# ---- init_ascend_weight and get_weights ----------------------------------------------------------
+# ---- init_ascend_weight and get_weights ------------------------------------------------------------
+
 
 SLOTS = {
     "input_layernorm.weight": 0,
@@ -219,6 +137,8 @@ SLOTS = {
     "mlp.up_proj.weight": 38,
     "mlp.down_proj.weight": 44,
 }
+
+
 SLOTS_PER_LAYER = 50
 
 
@@ -241,112 +161,15 @@ def test_the_weight_list_has_fifty_slots_a_layer_and_holds_the_given_tensors(ref
             assert weight.numel() == 1
 
 
-# ---- init_kvcache --------------------------------------------------------------------------------
+# ---- prepare_inputs_for_ascend and execute_ascend_operator -----------------------------------------
 
-
-class Counter:
-    """Stands before a step object and keeps the caches that it is given."""
-
-    def __init__(self, operation: torch.ScriptObject) -> None:
-        self.operation = operation
-        self.calls: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
-
-    def set_kv_cache(self, keys: list[torch.Tensor], values: list[torch.Tensor]) -> int:
-        self.calls.append((keys, values))
-        return self.operation.set_kv_cache(keys, values)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.operation, name)
-
-
-@pytest.fixture
-def counted(model) -> FlashQwen2ForCausalLM:
-    model.init_ascend_weight()
-    model.acl_encoder_operation = Counter(model.acl_encoder_operation)
-    model.acl_decoder_operation = Counter(model.acl_decoder_operation)
-    return model
-
-
-def times_set(model: FlashQwen2ForCausalLM) -> int:
-    prefill, decode = model.acl_encoder_operation.calls, model.acl_decoder_operation.calls
-    assert len(prefill) == len(decode)
-    return len(prefill)
-
-
-def test_keys_and_values_of_every_layer_reach_both_objects(counted):
-    caches = new_caches()
-    counted.init_kvcache(caches)
-    for operation in (counted.acl_encoder_operation, counted.acl_decoder_operation):
-        ((keys, values),) = operation.calls
-        assert [id(key) for key in keys] == [id(key) for key, _ in caches]
-        assert [id(value) for value in values] == [id(value) for _, value in caches]
-
-
-def test_the_same_tensors_are_not_set_again_whatever_holds_them(counted):
-    caches = new_caches()
-    counted.init_kvcache(caches)
-    for same in (caches, list(caches), tuple(caches), [list(pair) for pair in caches]):
-        counted.init_kvcache(same)
-    caller = Caller(caches)
-    counted.forward(*caller.prefill())
-    counted.forward(*caller.decode([1, 2, 3, 4]))
-    assert times_set(counted) == 1
-
-
-@pytest.mark.parametrize("replaced", [(0, 0), (0, 1), (1, 0), (1, 1)], ids=str)
-def test_one_new_tensor_of_the_same_shape_is_enough_to_set_them_again(counted, replaced):
-    caches = new_caches()
-    counted.init_kvcache(caches)
-    layer, side = replaced
-    pair = list(caches[layer])
-    pair[side] = pair[side].clone()
-    changed = [tuple(pair) if n == layer else old for n, old in enumerate(caches)]
-    counted.init_kvcache(changed)
-    assert times_set(counted) == 2
-    counted.init_kvcache(changed)
-    assert times_set(counted) == 2
-    counted.init_kvcache(caches)
-    assert times_set(counted) == 3
-
-
-def test_new_tensors_at_the_ids_of_old_ones_are_set_too(counted):
-    caches = new_caches()
-    counted.init_kvcache(caches)
-    alive = weakref.ref(caches[0][0])
-    for times in range(2, 12):
-        del caches
-        # The tensors that the objects hold are kept, so that nothing new can come to lie at their ids.
-        assert alive() is not None
-        caches = new_caches()
-        counted.init_kvcache(caches)
-        assert times_set(counted) == times
-        alive = weakref.ref(caches[0][0])
-
-
-def test_new_caches_are_read_and_written_from_the_next_step_on(model, reference):
-    first, second = Caller(new_caches()), Caller(new_caches(), [[8, 8], [7, 6, 5], [1] * 30, [2]])
-    model.forward(*first.prefill())
-    model.forward(*second.prefill())
-    for caller in (first, second, first):
-        logits = model.forward(*caller.decode([11, 12, 13, 14]))
-        assert relative_error(logits, caller.last_rows(reference)) < TOLERANCE
-
-
-def test_caches_that_do_not_fit_are_refused_every_time_and_the_old_ones_stay(counted, reference):
-    caller = Caller(new_caches())
-    counted.forward(*caller.prefill())
-    wrong = [(key[..., :8].contiguous(), value) for key, value in caller.caches]
-    for _ in range(2):
-        with pytest.raises(ValueError, match="cache"):
-            counted.init_kvcache(wrong)
-    logits = counted.forward(*caller.decode([1, 2, 3, 4]))
-    assert relative_error(logits, caller.last_rows(reference)) < TOLERANCE
-
-
-# ---- prepare_inputs_for_ascend and execute_ascend_operator ---------------------------------------
 
 INT32, INT64, FLOAT = torch.int32, torch.int64, torch.float32
+
+
 TABLE = (SHAPE.max_positions, SHAPE.head_size)
+
+
 INPUTS = {
     True: [
         ("input_ids", INT64, (60,)),
@@ -467,9 +290,12 @@ def test_an_object_is_settled_before_the_other_goes_on_over_its_cache(model):
     ]
 
 
-# ---- rope ----------------------------------------------------------------------------------------
+# ---- rope ------------------------------------------------------------------------------------------
+
 
 NEW = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}
+
+
 ROPE = {
     "nothing": ({}, {}),
     "new default": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},) * 2,

@@ -559,6 +559,17 @@ void report(const char* name, double us, double bytes) {
 void time_model(const Model& model, int rows, int context) {
   Stack stack(model, rows, context);
   std::printf("%s %d x %d\n", model.name, rows, context);
+  {
+    FewRowLinear l;
+    l.rows = 1;
+    l.k = 64;
+    l.part_count = 1;
+    l.parts[0] = {random<Bf16>(132 * 64), nullptr, 132};
+    l.x = random<Bf16>(64);
+    l.y = random<Bf16>(132);
+    const double ms = time_graph([&](cudaStream_t s) { for (int i = 0; i < 100; ++i) few_row_linear(l, s); }, 10);
+    std::printf("  tiny       %8.2f us\n", ms * 10);
+  }
   using Launch = int64_t (Stack::*)(int64_t, int, cudaStream_t);
   const std::pair<const char*, Launch> kernels[] = {{"qkv", &Stack::qkv},
                                                     {"o", &Stack::o},

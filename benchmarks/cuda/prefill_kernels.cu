@@ -1,17 +1,23 @@
-// Checks prefill_attention against float64 on awkward shapes and times it, without torch. Build and run:
+// Checks prefill_attention and many_row_linear against float64 on awkward shapes and times them, without
+// torch:
 //   nvcc -std=c++20 -O3 -Icsrc -gencode arch=compute_90a,code=sm_90a benchmarks/cuda/prefill_kernels.cu
-//        csrc/ops/prefill_attention.cu -o prefill_kernels && ./prefill_kernels check time
+//        csrc/ops/prefill_attention.cu csrc/ops/many_row_linear.cu -o prefill_kernels && ./prefill_kernels
+//        check time
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <random>
+#include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "core/check.h"
+#include "ops/many_row_linear.h"
 #include "ops/prefill_attention.h"
 
 namespace {
@@ -168,23 +174,32 @@ int check_all(bool deep) {
   return bad;
 }
 
-/// Median microseconds of one launch, over buffers that rotate.
+/// Median microseconds of one launch in a CUDA graph of eight, over buffers that rotate.
 template <class F>
 double time_of(F run) {
+  constexpr int kLaunches = 8;
   cudaEvent_t begin, end;
   require(cudaEventCreate(&begin));
   require(cudaEventCreate(&end));
+  cudaStream_t stream;
+  require(cudaStreamCreate(&stream));
+  cudaGraph_t graph;
+  cudaGraphExec_t replay;
+  require(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  for (int i = 0; i < kLaunches; ++i) run(i, stream);
+  require(cudaStreamEndCapture(stream, &graph));
+  require(cudaGraphInstantiate(&replay, graph, 0));
   std::vector<double> times;
-  for (int i = 0; i < 3; ++i) run(i);
+  require(cudaDeviceSynchronize());
+  std::this_thread::sleep_for(std::chrono::milliseconds(60));  // every case starts on a card that rested
   for (int sample = 0; sample < 9; ++sample) {
-    const int repeat = 8;
-    require(cudaEventRecord(begin));
-    for (int i = 0; i < repeat; ++i) run(i);
-    require(cudaEventRecord(end));
+    require(cudaEventRecord(begin, stream));
+    require(cudaGraphLaunch(replay, stream));
+    require(cudaEventRecord(end, stream));
     require(cudaEventSynchronize(end));
     float ms = 0;
     require(cudaEventElapsedTime(&ms, begin, end));
-    times.push_back(ms * 1000 / repeat);
+    if (sample > 1) times.push_back(ms * 1000 / kLaunches);
   }
   std::sort(times.begin(), times.end());
   return times[times.size() / 2];
@@ -203,14 +218,14 @@ void time_case(const char* name, const Case& c) {
   Array<T> qkv(tokens * width * kCopies), y(tokens * c.heads * hd * kCopies);
   Array<int> lengths(c.lengths);
   fill<<<1024, 256>>>(qkv.data, size_t(tokens * width * kCopies), 5, 1.0f);
-  const double us = time_of([&](int i) {
+  const double us = time_of([&](int i, cudaStream_t stream) {
     T* const at = qkv.data + i % kCopies * tokens * width;
     PrefillAttention a{DType::kBFloat16, tokens, int64_t(c.lengths.size()), c.heads, c.kv_heads, c.head_size};
     a.scale = 1.0f / std::sqrt(float(hd));
     a.q = at, a.k = at + c.heads * hd, a.v = at + (c.heads + c.kv_heads) * hd;
     a.q_stride = a.k_stride = a.v_stride = width;
     a.seq_len = lengths.data, a.y = y.data + i % kCopies * tokens * c.heads * hd;
-    modeltorch::prefill_attention(a, nullptr);
+    modeltorch::prefill_attention(a, stream);
   });
   require(cudaDeviceSynchronize());
   std::printf("%-22s %9.1f us %7.1f TFLOP/s\n", name, us, flops / us * 1e-6);
@@ -234,6 +249,132 @@ void time_all() {
   }
 }
 
+/// Sampled elements of a ManyRowLinear in float64, a warp for each; `up` lies behind the weight.
+template <class T>
+__global__ void linear_reference(const T* x, const T* weight, const T* residual, bool swiglu, int64_t rows,
+                                 int64_t n, int64_t k, int samples, double* exact, int64_t* where) {
+  const int sample = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  if (sample >= samples) return;
+  const int64_t at =
+      static_cast<int64_t>((sample * 0x9e3779b97f4a7c15ull >> 8) % static_cast<uint64_t>(rows * n));
+  double a = 0, b = 0;
+  for (int64_t i = threadIdx.x % 32; i < k; i += 32) {
+    const double value = double(float(x[at / n * k + i]));
+    a += value * double(float(weight[at % n * k + i]));
+    if (swiglu) b += value * double(float(weight[(n + at % n) * k + i]));
+  }
+  for (int step = 16; step > 0; step /= 2) {
+    a += __shfl_xor_sync(0xffffffffu, a, step);
+    b += __shfl_xor_sync(0xffffffffu, b, step);
+  }
+  if (swiglu) a = a / (1 + exp(-a)) * b;
+  if (residual) a += double(float(residual[at]));
+  exact[sample] = a;
+  where[sample] = at;
+}
+
+struct LinearCase {
+  int64_t rows, n, k;
+  bool swiglu, residual;
+};
+
+template <class T>
+double linear_error(const LinearCase& c, DType dtype) {
+  const int kSamples = 20000;
+  const int64_t n = c.n, all = c.swiglu ? 2 * n : n;
+  Array<T> x(c.rows * c.k), weight(all * c.k), y(c.rows * n + 64), residual(c.rows * n);
+  Array<double> exact(kSamples);
+  Array<int64_t> where(kSamples);
+  fill<<<1024, 256>>>(x.data, c.rows * c.k, 3 + c.rows, 1.0f);
+  fill<<<1024, 256>>>(weight.data, all * c.k, 99 + n, 2.0f / std::sqrt(float(c.k)));
+  fill<<<1024, 256>>>(residual.data, c.rows * n, 8, 1.0f);
+  require(cudaMemset(y.data, 0xff, (c.rows * n + 64) * sizeof(T)));
+  if (c.residual)
+    require(cudaMemcpy(y.data, residual.data, c.rows * n * sizeof(T), cudaMemcpyDeviceToDevice));
+  modeltorch::ManyRowLinear linear{dtype, c.rows, c.k, n, x.data, weight.data};
+  linear.up = c.swiglu ? weight.data + n * c.k : nullptr;
+  linear.residual = c.residual ? y.data : nullptr;
+  linear.y = y.data;
+  if (!many_row_linear_fits(linear)) return -1;
+  modeltorch::many_row_linear(linear, nullptr);
+  linear_reference<<<kSamples / 4, 128>>>(x.data, weight.data, c.residual ? residual.data : nullptr, c.swiglu,
+                                          c.rows, n, c.k, kSamples, exact.data, where.data);
+  require(cudaDeviceSynchronize());
+  std::vector<T> got(c.rows * n + 64);
+  std::vector<double> want(kSamples);
+  std::vector<int64_t> at(kSamples);
+  require(cudaMemcpy(got.data(), y.data, got.size() * sizeof(T), cudaMemcpyDeviceToHost));
+  require(cudaMemcpy(want.data(), exact.data, kSamples * 8, cudaMemcpyDeviceToHost));
+  require(cudaMemcpy(at.data(), where.data, kSamples * 8, cudaMemcpyDeviceToHost));
+  double difference = 0, norm = 0;
+  for (int i = 0; i < kSamples; ++i) {
+    const double d = double(float(got[at[i]])) - want[i];
+    difference += d * d, norm += want[i] * want[i];
+  }
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (std::isnan(float(got[i])) != (i >= size_t(c.rows * n))) return NAN;  // unwritten, or written beyond
+  }
+  return std::sqrt(difference / norm);
+}
+
+int check_linear() {
+  std::vector<LinearCase> cases;
+  for (const int64_t rows : {1, 127, 129, 256, 300, 640, 1000, 2048}) {
+    for (const auto& [n, k] : {std::pair{8, 64}, {96, 72}, {104, 8}, {328, 896}, {4864, 896}}) {
+      cases.push_back({rows, n, k, true, false});
+      cases.push_back({rows, n, k, false, false});
+      cases.push_back({rows, n, k, false, true});
+    }
+    cases.push_back({rows, 3584, 3584, false, true});
+  }
+  int bad = 0;
+  double worst = 0;
+  for (const LinearCase& c : cases) {
+    const double bf16 = linear_error<__nv_bfloat16>(c, DType::kBFloat16);
+    const double fp16 = linear_error<__half>(c, DType::kFloat16);
+    worst = std::max({worst, bf16, fp16 * 8});
+    if (!(bf16 >= 0 && bf16 < 3e-3 && fp16 >= 0 && fp16 < 4e-4)) {
+      ++bad;
+      std::printf("BAD linear rows %d n %d k %d swiglu %d: bf16 %.2e fp16 %.2e\n", int(c.rows), int(c.n),
+                  int(c.k), c.swiglu, bf16, fp16);
+    }
+  }
+  std::printf("linear: %zu cases, %d bad, worst error %.2e (bf16)\n", cases.size() * 2, bad, worst);
+  return bad;
+}
+
+void time_linear_case(const char* name, const LinearCase& c) {
+  using T = __nv_bfloat16;
+  const int copies = c.k * c.n > 8000000 ? 2 : 8;
+  const int64_t n = c.n, all = c.swiglu ? 2 * n : n;
+  Array<T> x(c.rows * c.k * 4), weight(size_t(copies) * all * c.k), y(c.rows * n * 2);
+  fill<<<1024, 256>>>(x.data, c.rows * c.k * 4, 3, 1.0f);
+  fill<<<1024, 256>>>(weight.data, size_t(copies) * all * c.k, 9, 0.02f);
+  fill<<<1024, 256>>>(y.data, c.rows * n * 2, 4, 1.0f);
+  modeltorch::ManyRowLinear linear{DType::kBFloat16, c.rows, c.k, n};
+  linear.y = y.data;
+  linear.residual = c.residual ? y.data + c.rows * n : nullptr;
+  const double us = time_of([&](int i, cudaStream_t stream) {
+    const T* const from = weight.data + size_t(i % copies) * all * c.k;
+    linear.x = x.data + i % 4 * c.rows * c.k;
+    linear.weight = from;
+    linear.up = c.swiglu ? from + n * c.k : nullptr;
+    modeltorch::many_row_linear(linear, stream);
+  });
+  std::printf("%-12s rows %5d %9.1f us %7.1f TFLOP/s, yield %.2f\n", name, int(c.rows), us,
+              2.0 * c.rows * all * c.k / us * 1e-6, many_row_linear_yield(linear));
+}
+
+void time_linear() {
+  for (const int64_t rows : {256, 512, 1024, 2048, 8192}) {
+    time_linear_case("7B gate_up", {rows, 18944, 3584, true, false});
+    time_linear_case("7B down", {rows, 3584, 18944, false, true});
+    time_linear_case("7B o", {rows, 3584, 3584, false, true});
+    time_linear_case("0.5B gate_up", {rows, 4864, 896, true, false});
+    time_linear_case("0.5B down", {rows, 896, 4864, false, true});
+  }
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -241,7 +382,9 @@ int main(int count, char** words) {
   for (int i = 1; i < count; ++i) {
     if (!std::strcmp(words[i], "check")) bad += check_all(true);
     if (!std::strcmp(words[i], "quick")) bad += check_all(false);
+    if (!std::strcmp(words[i], "linear")) bad += check_linear();
     if (!std::strcmp(words[i], "time")) time_all();
+    if (!std::strcmp(words[i], "linear-time")) time_linear();
   }
   return bad != 0;
 }

@@ -4,8 +4,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -91,11 +93,18 @@ class CudaSession final : public DeviceSession {
   int32_t* fault(CudaFault kind) const { return faults_.flag(kind); }
   CudaGemm& gemm() { return gemm_; }
 
+  /// Several ways to compute the same; the fastest is measured once for each key, on the data at hand, with
+  /// caches cold. A way returns false if it cannot do this, having launched nothing; the last one must be
+  /// able to. Runs the chosen way.
+  using Way = std::function<bool(void* stream)>;
+  void run_fastest(const std::vector<int64_t>& key, std::span<const Way> ways, void* stream);
+
  private:
   class StagedPlan;
 
   void follow_current_stream();
   bool is_capturing(cudaStream_t stream) const;
+  size_t measure(std::span<const Way> ways, cudaStream_t stream);
   void run_nodes(Plan& plan, const StepInfo& step, size_t begin, size_t end, cudaStream_t stream);
   void run_staged(Plan& plan, const StepInfo& step);
   TensorView bind_output(Plan& plan, int32_t value, bool is_full);
@@ -111,6 +120,7 @@ class CudaSession final : public DeviceSession {
   CudaMemoryPtr
       output_;  ///< of the steps whose outputs have fewer rows than their bucket; shared by all plans
   size_t output_bytes_ = 0;
+  std::map<std::vector<int64_t>, size_t> fastest_;  ///< way, by key
   int64_t captures_ = 0;
   int64_t replays_ = 0;
   int64_t held_graphs_ = 0;

@@ -66,7 +66,7 @@ std::vector<GraphRunner::PackRequest> GraphRunner::pack_requests() const {
     if (!request.slots.empty()) requests.push_back(std::move(request));
   }
   std::stable_partition(requests.begin(), requests.end(),
-                        [](const PackRequest& request) { return request.packer->pack != nullptr; });
+                        [](const PackRequest& request) { return request.packer->layout != nullptr; });
   return requests;
 }
 

@@ -35,6 +35,7 @@ const std::vector<KeyRule> kSharedRules = {
     {"enableSplitFuse", kBool, kOnly, "false", "chunked prefill"},
     {"enableFA3", kBool, kOnly, "false", "quantised attention"},
     {"loraEnableGMM", kBool, kOnly, "false", "LoRA adapters"},
+    {"packedWeightFolder", kString, kOptional},
 };
 
 const std::vector<KeyRule> kRules2024 = {
@@ -176,6 +177,13 @@ DecoderShape read_shape(const Parameters& parameters) {
   return shape;
 }
 
+std::string read_folder(const Parameters& parameters) {
+  const std::string folder = parameters.text("packedWeightFolder", "");
+  check(folder.find('\0') == folder.npos,
+        "parameter packedWeightFolder must be a path, got one with a zero in it");
+  return folder;
+}
+
 constexpr int64_t kLinears = 7;  // q k v o gate up down
 
 // Entries that a table may hold for a linear that is not quantised; -1 stands for an unused one.
@@ -298,6 +306,7 @@ DecoderParameters parse_parameters_2024(const std::string& json, const LayerPack
   const Parameters parameters(json, rules);
   DecoderParameters result;
   result.is_prefill = parameters.flag("isPrefill", false);
+  result.packed_weight_folder = read_folder(parameters);
   result.epsilon = read_epsilon(parameters, "rmsNormEps");
   result.shape = read_shape(parameters);
   result.shape.has_embedding = parameters.flag("withEmbedding", true);
@@ -311,6 +320,7 @@ DecoderParameters parse_parameters_current(const std::string& json) {
   const Parameters parameters(json, rules);
   DecoderParameters result;
   result.is_prefill = parameters.flag("isPrefill", false);
+  result.packed_weight_folder = read_folder(parameters);
   result.epsilon = read_epsilon(parameters, "normEps");
   result.shape = read_shape(parameters);
   result.shape.has_embedding = !parameters.flag("skipWordEmbedding", false);

@@ -16,6 +16,7 @@ struct DecoderParameters {
   std::vector<LayerPacking> packing;     ///< one a layer
   bool packing_follows_weights = false;  ///< a layer is packed iff its k and up slots hold one element
   int64_t expected_hidden = 0;           ///< the key hiddenSize; 0: not given
+  std::string packed_weight_folder;      ///< the key packedWeightFolder; "": not given
 };
 
 /// Reads the keys of 2024 (docs/contract.md, "Parameters"). Throws Error naming key, expected and given.

@@ -88,6 +88,9 @@ class Model {
   /// Checks the caches and remembers their sizes. May come before or after accept_weights.
   virtual void accept_caches(std::span<const GivenTensor> keys, std::span<const GivenTensor> values) = 0;
 
+  /// The folder that the caller lets packed weights be kept in (graph/pack_store.h), or "".
+  virtual std::string packed_weight_folder() const { return ""; }
+
   /// The device that the weights lie on.
   virtual Device device() const = 0;
 

@@ -46,6 +46,7 @@ class Parameters {
   bool flag(const char* key, bool otherwise) const { return json_.value(key, otherwise); }
   int64_t integer(const char* key, int64_t otherwise) const { return json_.value(key, otherwise); }
   double number(const char* key, double otherwise) const { return json_.value(key, otherwise); }
+  std::string text(const char* key, const char* otherwise) const { return json_.value(key, otherwise); }
   bool has(const char* key) const { return json_.contains(key); }
   const nlohmann::json& at(const char* key) const { return json_.at(key); }
 

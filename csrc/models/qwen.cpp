@@ -51,6 +51,7 @@ class QwenModel : public Model {
   int64_t cache_count() const override { return parameters_.shape.layers; }
   void accept_caches(std::span<const GivenTensor> keys, std::span<const GivenTensor> values) override;
   TensorView cache_view(const GivenTensor& given) const override;
+  std::string packed_weight_folder() const override { return parameters_.packed_weight_folder; }
   Device device() const override { return resolved_->device; }
   Graph build_graph() const override;
   std::vector<Rows> input_rows() const override { return decoder_input_rows(); }

@@ -13,44 +13,61 @@ bool aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
-/// Blocks that share the context of one sequence and key-value head: enough to keep the device's
-/// multiprocessors busy, no more than the longest context has work for.
+/// Blocks that share the context of one sequence and key-value head: as many as the device has
+/// multiprocessors for.
 int split_count(const DecodeAttention& attention, int head_tiles) {
   const DecodeDevice& device = decode_device();
   if (!device.hopper) return 1;
   const int64_t work = attention.sequences * attention.kv_heads * head_tiles;
   const int64_t tiles = (attention.max_context + kDecodeTokens - 1) / kDecodeTokens;
+  const int most = 8;
   int splits = 1;
-  while (splits < kDecodeMaxSplits && work * splits * 2 <= 4 * device.multiprocessors &&
-         splits * kDecodeWarps < tiles) {
-    splits *= 2;
-  }
+  while (splits < most && work * splits * 2 <= device.multiprocessors && splits * 4 < tiles) splits *= 2;
   return splits;
 }
 
-template <class T, int kD>
+template <class T, class Shape>
 void launch_shape(const DecodeAttention& attention, const DecodeAttentionParams& params, void* stream) {
-  using Shape = DecodeShape<kD>;
   const auto kernel = decode_attention_kernel<T, Shape>;
-  allow_shared_memory(kernel, Shape::kBytes);
+  allow_shared_memory(kernel, Shape::kAllBytes);
+  if (params.splits > 8) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+               "decode_attention");
+  }
   const dim3 grid(params.splits, params.kv_heads * params.head_tiles, attention.sequences);
-  launch_kernel(kernel, params, grid, kDecodeThreads, Shape::kBytes, params.splits, stream,
+  launch_kernel(kernel, params, grid, Shape::kThreads, Shape::bytes(params.splits), params.splits, stream,
                 "decode_attention");
+}
+
+/// One block of eight warps a multiprocessor while there are few blocks; else four warps, and so little
+/// shared memory that several blocks fit.
+template <class T, int kD>
+void launch_head_size(const DecodeAttention& attention, const DecodeAttentionParams& params, void* stream) {
+  const int64_t blocks = attention.sequences * params.kv_heads * params.head_tiles * params.splits;
+  const DecodeDevice& device = decode_device();
+  constexpr int kLong = kD <= 64 ? 3 : kD <= 128 ? 2 : 1;
+  constexpr int kShort = kD <= 64 ? 3 : kD <= 96 ? 4 : kD <= 128 ? 3 : 2;
+  if (device.hopper && blocks <= (params.splits > 1 ? 64 : device.multiprocessors)) {
+    return launch_shape<T, DecodeShape<kD, 8, kLong>>(attention, params, stream);
+  }
+  if (params.splits > 1)
+    return launch_shape<T, DecodeShape<kD, 4, kD <= 64 ? 3 : 2>>(attention, params, stream);
+  launch_shape<T, DecodeShape<kD, 4, kShort>>(attention, params, stream);
 }
 
 template <class T>
 void launch_dtype(const DecodeAttention& attention, const DecodeAttentionParams& params, void* stream) {
   switch (attention.head_size) {
     case 64:
-      return launch_shape<T, 64>(attention, params, stream);
+      return launch_head_size<T, 64>(attention, params, stream);
     case 80:
-      return launch_shape<T, 80>(attention, params, stream);
+      return launch_head_size<T, 80>(attention, params, stream);
     case 96:
-      return launch_shape<T, 96>(attention, params, stream);
+      return launch_head_size<T, 96>(attention, params, stream);
     case 128:
-      return launch_shape<T, 128>(attention, params, stream);
+      return launch_head_size<T, 128>(attention, params, stream);
     default:
-      return launch_shape<T, 256>(attention, params, stream);
+      return launch_head_size<T, 256>(attention, params, stream);
   }
 }
 
@@ -65,7 +82,8 @@ bool decode_attention_fits(const DecodeAttention& attention) {
   if (a.sequences < 1 || a.sequences > 65535 || a.block_size < 1 || a.table_width < 1) return false;
   if (a.blocks * a.block_size >= (int64_t{1} << 31) || a.table_width * a.block_size >= (int64_t{1} << 31))
     return false;
-  return aligned(a.qkv) && aligned(a.cos) && aligned(a.sin) && aligned(a.k_cache) && aligned(a.v_cache);
+  return aligned(a.qkv) && aligned(a.cos) && aligned(a.sin) && aligned(a.k_cache) && aligned(a.v_cache) &&
+         aligned(a.y);
 }
 
 size_t decode_attention_workspace(const DecodeAttention&) {

@@ -10,11 +10,9 @@
 
 namespace modeltorch {
 
-inline constexpr int kDecodeWarps = 4;
-inline constexpr int kDecodeThreads = kDecodeWarps * 32;
 inline constexpr int kDecodeTokens = 16;  // of a tile
 inline constexpr int kDecodeHeads = 16;   // query heads of a block, at most
-inline constexpr int kDecodeMaxSplits = 8;
+inline constexpr int kDecodeMaxSplits = 16;
 
 struct DecodeAttentionParams {
   const void *qkv, *cos, *sin;
@@ -26,22 +24,30 @@ struct DecodeAttentionParams {
   float scale_log2;  // scale * log2(e)
 };
 
-/// Sizes in shared memory for one head size.
-template <int kDv>
+/// Sizes in shared memory for one head size, number of warps and stages of each warp's ring.
+template <int kDv, int kWarpsv, int kStagesv>
 struct DecodeShape {
   static constexpr int kD = kDv;
+  static constexpr int kWarps = kWarpsv;
+  static constexpr int kStages = kStagesv;
+  static constexpr int kThreads = 32 * kWarps;
   static constexpr int kPitch = kD * 2 + 16;  // bytes of a row; eight rows meet no bank twice
   static constexpr int kTileBytes = 2 * kDecodeTokens * kPitch;
-  static constexpr int kStages = kD <= 96 ? 4 : kD <= 128 ? 3 : 2;
-  static constexpr int kRingBytes = kStages * kTileBytes;  // of one warp
-  static constexpr int kSumPitch = kD + 8;                 // floats
-  static constexpr int kQueryOffset = kDecodeWarps * kRingBytes;
+  static constexpr int kSumPitch = kD + 8;  // floats
+  static constexpr int kSumBytes = kDecodeHeads * kSumPitch * 4;
+  static constexpr int kRingBytes =
+      kStages * kTileBytes > kSumBytes ? kStages * kTileBytes : kSumBytes;  // of a warp
+  static constexpr int kQueryOffset = kWarps * kRingBytes;
   static constexpr int kNewKeyOffset = kQueryOffset + kDecodeHeads * kPitch;
   static constexpr int kNewValueOffset = kNewKeyOffset + kPitch;
-  static constexpr int kStateOffset =
-      kNewValueOffset + kPitch;  // float [warps + 1][2][heads]: maxima and sums
-  static constexpr int kBytes = kStateOffset + (kDecodeWarps + 1) * 2 * kDecodeHeads * 4;
-  static_assert(kDecodeHeads * kSumPitch * 4 <= kRingBytes, "sums take the place of the ring");
+  static constexpr int kStateOffset = kNewValueOffset + kPitch;  // float [warps][2][heads]: maxima and sums
+  // What the blocks of the cluster send: their maxima and sums, and their parts of the outputs that are
+  // joined here.
+  static constexpr int kSentStateOffset = kStateOffset + kWarps * 2 * kDecodeHeads * 4;
+  static constexpr int kSentOffset = kSentStateOffset + kDecodeMaxSplits * 2 * kDecodeHeads * 4;
+  static constexpr int kAllBytes = kSentOffset + (kDecodeHeads * kD / 4 + kDecodeMaxSplits) * 16;
+
+  static int bytes(int splits) { return splits > 1 ? kAllBytes : kSentStateOffset; }
 };
 
 namespace decode {
@@ -69,23 +75,23 @@ struct Place {
   }
 };
 
-/// Starts the copies of one tile of keys and values. Tokens beyond the context and tokens in bad blocks
-/// become zeros.
+/// The row of the cache, all blocks in one, of the token of a tile that this lane looks up; -1: beyond what
+/// the cache holds, or in a bad block.
+__device__ __forceinline__ int find_row(const DecodeAttentionParams& p, const Place& place, int tile) {
+  const int token = tile * kDecodeTokens + (threadIdx.x & (kDecodeTokens - 1));
+  if (token >= place.cached) return -1;
+  const int entry = token / p.block_size;
+  const int block = __ldg(p.block_tables + place.sequence * p.table_width + entry);
+  if (block >= 0 && block < p.blocks) return block * p.block_size + token - entry * p.block_size;
+  *p.fault = 1;
+  return -1;
+}
+
+/// Starts the copies of one tile of keys and values, of the rows that the lanes found. No row: zeros.
 template <class T, class Shape>
-__device__ __forceinline__ void load_tile(const DecodeAttentionParams& p, const Place& place, int tile,
+__device__ __forceinline__ void load_tile(const DecodeAttentionParams& p, const Place& place, int row,
                                           uint32_t to) {
   const int lane = threadIdx.x & 31;
-  const int token = tile * kDecodeTokens + (lane & (kDecodeTokens - 1));
-  int row = -1;  // of the cache, all blocks in one
-  if (token < place.cached) {
-    const int entry = token / p.block_size;
-    const int block = __ldg(p.block_tables + place.sequence * p.table_width + entry);
-    if (block >= 0 && block < p.blocks) {
-      row = block * p.block_size + token - entry * p.block_size;
-    } else {
-      *p.fault = 1;
-    }
-  }
   constexpr int kVectors = Shape::kD / 8;
 #pragma unroll
   for (int i = 0; i < kDecodeTokens * kVectors / 32; ++i) {
@@ -120,7 +126,7 @@ __device__ __forceinline__ void rotate(uint4& low, uint4& high, const T* cos, co
   turn(low.w, high.w, cos_low.w, cos_high.w, sin_low.w, sin_high.w);
 }
 
-/// Rotates this block's query heads into shared memory. The first block of a cluster does the same with the
+/// Rotates this block's query heads into shared memory. The last block of a cluster does the same with the
 /// new key, takes the new value, and writes both to the cache if it is the one of its key-value head to do
 /// so.
 template <class T, class Shape>
@@ -131,7 +137,7 @@ __device__ __forceinline__ void fetch_new_token(const DecodeAttentionParams& p, 
       static_cast<const T*>(p.qkv) + static_cast<int64_t>(place.sequence) * (p.heads + 2 * p.kv_heads) * kD;
   const T* cos = static_cast<const T*>(p.cos) + static_cast<int64_t>(place.sequence) * kD;
   const T* sin = static_cast<const T*>(p.sin) + static_cast<int64_t>(place.sequence) * kD;
-  const bool owner = place.split == 0;
+  const bool owner = place.split == p.splits - 1;
   int64_t cache_row = -1;
   if (owner && blockIdx.y % p.head_tiles == 0) {
     cache_row = p.slots[place.sequence];
@@ -143,7 +149,7 @@ __device__ __forceinline__ void fetch_new_token(const DecodeAttentionParams& p, 
   const int64_t cache_offset = (cache_row * p.kv_heads + place.kv_head) * kD;
   auto vector = [](void* to) -> uint4& { return *static_cast<uint4*>(to); };
 
-  for (int i = threadIdx.x; i < (place.heads + owner) * kVectors; i += kDecodeThreads) {
+  for (int i = threadIdx.x; i < (place.heads + owner) * kVectors; i += Shape::kThreads) {
     const int head = i / kVectors, column = i % kVectors * 8;
     const bool key = head == place.heads;
     const T* from =
@@ -161,7 +167,7 @@ __device__ __forceinline__ void fetch_new_token(const DecodeAttentionParams& p, 
     }
   }
   if (!owner) return;
-  for (int i = kDecodeThreads - 1 - threadIdx.x; i < kD / 8; i += kDecodeThreads) {
+  for (int i = Shape::kThreads - 1 - threadIdx.x; i < kD / 8; i += Shape::kThreads) {
     const uint4 value = __ldcg(reinterpret_cast<const uint4*>(
         row + static_cast<int64_t>(p.heads + p.kv_heads + place.kv_head) * kD + i * 8));
     vector(shared + Shape::kNewValueOffset + i * 16) = value;
@@ -177,38 +183,33 @@ struct State {
   float out[Shape::kD / 8][4] = {};
 };
 
-/// Scores of sixteen tokens, unscaled.
+/// Scores of sixteen tokens, unscaled. Two sums each, so that fewer multiplications wait for one another.
 template <class T, class Shape>
 __device__ __forceinline__ void score(float (&s)[2][4], uint32_t query, uint32_t keys) {
+  float odd[2][4] = {};
 #pragma unroll
   for (int i = 0; i < Shape::kD / 16; ++i) {
+    float (&sums)[2][4] = i % 2 ? odd : s;
     uint32_t q[4], k[4];
     ptx::load_matrix_x4(q, query + i * 32);
     ptx::load_matrix_x4(k, keys + i * 32);
-    ptx::multiply_add<T>(s[0], q, k[0], k[1]);
-    ptx::multiply_add<T>(s[1], q, k[2], k[3]);
+    ptx::multiply_add<T>(sums[0], q, k[0], k[1]);
+    ptx::multiply_add<T>(sums[1], q, k[2], k[3]);
   }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) s[i / 4][i % 4] += odd[i / 4][i % 4];
 }
 
-/// Starts the state from the new token alone.
-template <class T, class Shape>
-__device__ __forceinline__ void start_from_new_token(const DecodeAttentionParams& p, State<Shape>& state,
-                                                     char* shared, uint32_t query) {
-  const int lane = threadIdx.x & 31;
-  float s[2][4] = {};
-  // Every row of the tile is the new key, so every column is its score.
-  score<T, Shape>(s, query, ptx::shared_address(shared + Shape::kNewKeyOffset) + lane / 8 % 2 * 16);
-  for (int r = 0; r < 2; ++r) {
-    state.maximum[r] = s[0][2 * r] * p.scale_log2;
-    state.sum[r] = lane % 4 == 0 ? 1.0f : 0.0f;
+/// Puts the new token into row `row` of a tile.
+template <class Shape>
+__device__ __forceinline__ void place_new_token(char* shared, char* tile, int row) {
+  for (int i = threadIdx.x & 31; i < Shape::kD / 8; i += 32) {
+    uint4* to = reinterpret_cast<uint4*>(tile + row * Shape::kPitch) + i;
+    *to = reinterpret_cast<const uint4*>(shared + Shape::kNewKeyOffset)[i];
+    to[kDecodeTokens * Shape::kPitch / 16] =
+        reinterpret_cast<const uint4*>(shared + Shape::kNewValueOffset)[i];
   }
-  const uint32_t* value = reinterpret_cast<const uint32_t*>(shared + Shape::kNewValueOffset);
-#pragma unroll
-  for (int i = 0; i < Shape::kD / 8; ++i) {
-    const float2 v = ptx::unpack<T>(value[i * 4 + lane % 4]);
-    state.out[i][0] = state.out[i][2] = v.x;
-    state.out[i][1] = state.out[i][3] = v.y;
-  }
+  __syncwarp();
 }
 
 /// Adds one tile of which the first `tokens` count.
@@ -307,55 +308,74 @@ struct Merge {
   }
 };
 
-/// Joins the warps, then the blocks of the cluster, and writes y.
+template <class T>
+__device__ __forceinline__ void store_quotient(T* to, float4 sum, float by) {
+  *reinterpret_cast<uint2*>(to) = {ptx::pack<T>(sum.x / by, sum.y / by),
+                                   ptx::pack<T>(sum.z / by, sum.w / by)};
+}
+
+/// Joins the warps, then the blocks of the cluster, and writes y. Elements go by fours; block r of the
+/// cluster joins the r-th share of them.
 template <class T, class Shape>
 __device__ __forceinline__ void join(const DecodeAttentionParams& p, const Place& place, char* shared) {
-  constexpr int kD = Shape::kD;
+  constexpr int kVectors = Shape::kD / 4;
+  const int vectors = place.heads * kVectors;
+  const int share = (vectors + p.splits - 1) / p.splits;
   const float* scalars = reinterpret_cast<const float*>(shared + Shape::kStateOffset);
-  float* joined = reinterpret_cast<float*>(shared + Shape::kStateOffset) + kDecodeWarps * 2 * kDecodeHeads;
-  T* y = static_cast<T*>(p.y) + (static_cast<int64_t>(place.sequence) * p.heads + place.head) * kD;
-  for (int e = threadIdx.x; e < place.heads * kD; e += kDecodeThreads) {
-    const int head = e / kD, column = e % kD;
-    const Merge<kDecodeWarps> merge(
-        kDecodeWarps, [&](int warp, int what) { return scalars[(warp * 2 + what) * kDecodeHeads + head]; });
-    float* out = reinterpret_cast<float*>(shared) + head * Shape::kSumPitch + column;
-    float value = 0;
+  T* y = static_cast<T*>(p.y) + (static_cast<int64_t>(place.sequence) * p.heads + place.head) * Shape::kD;
+  for (int v = threadIdx.x; v < vectors; v += Shape::kThreads) {
+    const int head = v / kVectors;
+    const Merge<Shape::kWarps> merge(
+        Shape::kWarps, [&](int warp, int what) { return scalars[(warp * 2 + what) * kDecodeHeads + head]; });
+    const char* out = shared + head * Shape::kSumPitch * 4 + v % kVectors * 16;
+    float4 sum{};
 #pragma unroll
-    for (int warp = 0; warp < kDecodeWarps; ++warp)
-      value += merge.factor[warp] * out[warp * Shape::kRingBytes / 4];
-    if (p.splits == 1) {
-      y[e] = ptx::from_float<T>(value / merge.sum);
-    } else {
-      *out = value;
-      if (column == 0) {
-        joined[head] = merge.maximum;
-        joined[kDecodeHeads + head] = merge.sum;
-      }
+    for (int warp = 0; warp < Shape::kWarps; ++warp) {
+      const float4 part = *reinterpret_cast<const float4*>(out + warp * Shape::kRingBytes);
+      sum.x += merge.factor[warp] * part.x;
+      sum.y += merge.factor[warp] * part.y;
+      sum.z += merge.factor[warp] * part.z;
+      sum.w += merge.factor[warp] * part.w;
     }
+    if (p.splits == 1) {
+      store_quotient(y + v * 4, sum, merge.sum);
+      continue;
+    }
+#if MODELTORCH_PTX_HOPPER
+    ptx::store_remote(
+        ptx::shared_address(shared + Shape::kSentOffset) + (place.split * share + v % share) * 16, v / share,
+        sum);
+    if (v % kVectors < p.splits) {
+      const uint32_t to =
+          ptx::shared_address(shared + Shape::kSentStateOffset) + (place.split * 2 * kDecodeHeads + head) * 4;
+      ptx::store_remote(to, v % kVectors, merge.maximum);
+      ptx::store_remote(to + kDecodeHeads * 4, v % kVectors, merge.sum);
+    }
+#endif
   }
 #if MODELTORCH_PTX_HOPPER
   if (p.splits == 1) return;
   ptx::cluster_arrive();
   ptx::cluster_wait();
-  const uint32_t joined_address = ptx::shared_address(joined), out_address = ptx::shared_address(shared);
-  for (int e = place.split * kDecodeThreads + threadIdx.x; e < place.heads * kD;
-       e += p.splits * kDecodeThreads) {
-    const int head = e / kD, column = e % kD;
-    float parts[kDecodeMaxSplits];
+  const float* states = reinterpret_cast<const float*>(shared + Shape::kSentStateOffset);
+  const float4* sent = reinterpret_cast<const float4*>(shared + Shape::kSentOffset);
+  const int mine = min(share, vectors - place.split * share);
+  for (int i = threadIdx.x; i < mine; i += Shape::kThreads) {
+    const int v = place.split * share + i, head = v / kVectors;
+    const Merge<kDecodeMaxSplits> merge(
+        p.splits, [&](int split, int what) { return states[(split * 2 + what) * kDecodeHeads + head]; });
+    float4 sum{};
 #pragma unroll
-    for (int i = 0; i < kDecodeMaxSplits; ++i) {
-      parts[i] = i < p.splits ? ptx::load_remote(out_address + (head * Shape::kSumPitch + column) * 4, i) : 0;
+    for (int split = 0; split < kDecodeMaxSplits; ++split) {
+      if (split >= p.splits) break;
+      const float4 part = sent[split * share + i];
+      sum.x += merge.factor[split] * part.x;
+      sum.y += merge.factor[split] * part.y;
+      sum.z += merge.factor[split] * part.z;
+      sum.w += merge.factor[split] * part.w;
     }
-    const Merge<kDecodeMaxSplits> merge(p.splits, [&](int split, int what) {
-      return ptx::load_remote(joined_address + (what * kDecodeHeads + head) * 4, split);
-    });
-    float value = 0;
-#pragma unroll
-    for (int i = 0; i < kDecodeMaxSplits; ++i) value += merge.factor[i] * parts[i];
-    y[e] = ptx::from_float<T>(value / merge.sum);
+    store_quotient(y + v * 4, sum, merge.sum);
   }
-  ptx::cluster_arrive();  // nobody leaves while others read its memory
-  ptx::cluster_wait();
 #endif
 }
 
@@ -363,50 +383,63 @@ __device__ __forceinline__ void join(const DecodeAttentionParams& p, const Place
 
 /// Grid: (splits, kv_heads * head_tiles, sequences), clusters of `splits` blocks.
 template <class T, class Shape>
-__global__ void __launch_bounds__(kDecodeThreads)
+__global__ void __launch_bounds__(Shape::kThreads)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p) {
   using namespace decode;
   extern __shared__ __align__(128) char shared[];
   ptx::launch_dependents();
   const Place place(p);
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  const int tiles = (place.cached + kDecodeTokens - 1) / kDecodeTokens;
-  const int workers = p.splits * kDecodeWarps, worker = place.split * kDecodeWarps + warp;
+  const int tiles = (place.length + kDecodeTokens - 1) / kDecodeTokens;
+  const int workers = p.splits * Shape::kWarps, worker = place.split * Shape::kWarps + warp;
   int tile = static_cast<int>(static_cast<int64_t>(tiles) * worker / workers);
   const int end = static_cast<int>(static_cast<int64_t>(tiles) * (worker + 1) / workers);
-  const uint32_t ring = ptx::shared_address(shared + warp * Shape::kRingBytes);
+  char* ring = shared + warp * Shape::kRingBytes;
+  const uint32_t ring_address = ptx::shared_address(ring);
 
   for (int stage = 0; stage < Shape::kStages; ++stage) {
-    if (tile + stage < end) load_tile<T, Shape>(p, place, tile + stage, ring + stage * Shape::kTileBytes);
+    if (tile + stage < end) {
+      load_tile<T, Shape>(p, place, find_row(p, place, tile + stage),
+                          ring_address + stage * Shape::kTileBytes);
+    }
     ptx::commit_copies();
   }
+  int next_row = find_row(p, place, tile + Shape::kStages);  // looked up a tile ahead
   ptx::wait_for_dependencies();
   if (place.length == 0) {
     if (place.split != 0) return;
     T* y = static_cast<T*>(p.y) + (static_cast<int64_t>(place.sequence) * p.heads + place.head) * Shape::kD;
-    for (int e = threadIdx.x; e < place.heads * Shape::kD; e += kDecodeThreads) y[e] = ptx::from_float<T>(0);
+    for (int e = threadIdx.x; e < place.heads * Shape::kD; e += Shape::kThreads) y[e] = ptx::from_float<T>(0);
     return;
   }
+#if MODELTORCH_PTX_HOPPER
+  if (p.splits > 1) ptx::cluster_arrive();  // so that nobody sends to a block that has not begun
+#endif
   fetch_new_token<T, Shape>(p, place, shared);
   __syncthreads();
 
   const uint32_t query = ptx::shared_address(shared + Shape::kQueryOffset) +
                          min(lane % 16, place.heads - 1) * Shape::kPitch + lane / 16 * 16;
   State<Shape> state;
-  if (worker == 0) start_from_new_token<T, Shape>(p, state, shared, query);
   for (int stage = 0; tile < end; ++tile) {
     ptx::wait_for_copies<Shape::kStages - 1>();
     __syncwarp();
-    const uint32_t here = ring + stage * Shape::kTileBytes;
-    add_tile<T, Shape>(p, state, query, here, place.cached - tile * kDecodeTokens);
+    const int tokens = place.length - tile * kDecodeTokens;
+    const int here = stage * Shape::kTileBytes;
+    if (tokens <= kDecodeTokens) place_new_token<Shape>(shared, ring + here, tokens - 1);
+    add_tile<T, Shape>(p, state, query, ring_address + here, tokens);
     __syncwarp();
-    if (tile + Shape::kStages < end) load_tile<T, Shape>(p, place, tile + Shape::kStages, here);
+    if (tile + Shape::kStages < end) load_tile<T, Shape>(p, place, next_row, ring_address + here);
+    next_row = find_row(p, place, tile + Shape::kStages + 1);
     ptx::commit_copies();
     if (++stage == Shape::kStages) stage = 0;
   }
   ptx::wait_for_copies<0>();
   __syncwarp();
   store_state(state, place.heads, shared);
+#if MODELTORCH_PTX_HOPPER
+  if (p.splits > 1) ptx::cluster_wait();
+#endif
   __syncthreads();
   join<T, Shape>(p, place, shared);
 }

@@ -202,9 +202,9 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   return policy;
 }
 
-__device__ __forceinline__ uint64_t evict_last_policy() {
+__device__ __forceinline__ uint64_t evict_normal_policy() {
   uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 
@@ -244,6 +244,24 @@ __device__ __forceinline__ float load_remote(uint32_t address, int rank) {
       : "r"(address), "r"(rank)
       : "memory");
   return value;
+}
+
+/// Writes to block `rank` of the cluster, at the shared address that the place has in this block.
+__device__ __forceinline__ void store_remote(uint32_t address, int rank, float value) {
+  asm volatile(
+      "{\n\t.reg .b32 remote;\n\t"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
+      "st.shared::cluster.f32 [remote], %2;\n\t}" ::"r"(address),
+      "r"(rank), "f"(value)
+      : "memory");
+}
+__device__ __forceinline__ void store_remote(uint32_t address, int rank, float4 value) {
+  asm volatile(
+      "{\n\t.reg .b32 remote;\n\t"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
+      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n\t}" ::"r"(address),
+      "r"(rank), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+      : "memory");
 }
 #endif
 

@@ -4,6 +4,7 @@
 
 #include "core/check.h"
 #include "ops/decode_launch.cuh"
+#include "ops/few_row_linear_direct.cuh"
 #include "ops/few_row_linear_simple.cuh"
 #include "ops/few_row_linear_stream.cuh"
 
@@ -11,10 +12,11 @@ namespace modeltorch {
 namespace {
 
 constexpr int kMaxRows = 128;
-// Two kernels must fit on one multiprocessor, the one that runs and the one that loads its first weights.
-constexpr int kSharedBytes = 110 * 1024;
+// Deep enough that most of a block's weights are on their way before the kernel in front is done.
+constexpr int kSharedBytes = 200 * 1024;
 constexpr int kStageBytes = 16 * 1024;  // of weights, about
-constexpr int kResidentBytes = 60 * 1024;
+constexpr int kResidentBytes = 40 * 1024;
+constexpr int kDirectColumns = 20 * 256;
 
 int64_t round_up(int64_t value, int64_t to) {
   return (value + to - 1) / to * to;
@@ -33,13 +35,18 @@ int64_t weight_rows(const FewRowLinear& linear) {
   return n;
 }
 
+/// x in registers, and its norm in the kernel.
+bool direct(const FewRowLinear& linear) {
+  return linear.rows <= 8 && linear.k <= kDirectColumns;
+}
+
 /// x as a whole in shared memory, and its norm there.
 bool resident(const FewRowLinear& linear) {
   return linear.rows <= 8 && linear.rows * linear.k * 2 <= kResidentBytes;
 }
 
 bool norm_apart(const FewRowLinear& linear) {
-  return linear.gamma && !(decode_device().hopper && resident(linear));
+  return linear.gamma && !(decode_device().hopper && (direct(linear) || resident(linear)));
 }
 
 struct PartTable {
@@ -93,12 +100,6 @@ void launch_simple(const FewRowLinear& linear, const void* x, void* stream) {
   launch_kernel(kernel, params, dim3(divide_up(params.units, 8)), 256, 0, 1, stream, "few_row_linear");
 }
 
-/// How many blocks share k: more of them make the range of units of a cluster wider, so that x, which every
-/// cluster reads as a whole, is read fewer times; but their sums must meet.
-int cluster_size(int64_t rows) {
-  return rows <= 16 ? 1 : rows <= 32 ? 2 : rows <= 64 ? 4 : 8;
-}
-
 /// Gives each part a share of the clusters, so that the most units that any cluster has are few.
 void share_groups(StreamParams& p, const FewRowLinear& linear) {
   int64_t units[3] = {p.units, 0, 0};
@@ -125,14 +126,39 @@ void share_groups(StreamParams& p, const FewRowLinear& linear) {
   p.tile_units = static_cast<int>(group_units);
 }
 
+template <class Shape>
+constexpr bool kDirect = false;
+template <int kGroups>
+constexpr bool kDirect<DirectShape<kGroups>> = true;
+
+/// How many blocks share k. More of them make the range of units of a cluster wider, so that x, which every
+/// tile reads as a whole, is read fewer times; but their sums must meet.
+template <class Shape>
+int cluster_size(const StreamParams& p) {
+  const int sides = p.swiglu ? 2 : 1;
+  const auto x_reads = [&](int cluster) {
+    const int64_t units =
+        divide_up(p.units, std::clamp(decode_device().multiprocessors / cluster, 1, p.units));
+    return static_cast<double>(divide_up(units * sides, Shape::kM)) / cluster;
+  };
+  int best = 1;
+  for (int cluster = 2; cluster <= 8 && !Shape::kResident && p.k >= cluster * kStreamBox; cluster *= 2) {
+    const double weights =
+        static_cast<double>(p.units) * sides / decode_device().multiprocessors;  // read likewise
+    if (x_reads(best) * p.rows > 0.6 * weights && x_reads(cluster) < 0.7 * x_reads(best)) best = cluster;
+  }
+  return best;
+}
+
 /// Fills in how the work is cut and where everything lies in shared memory. Returns the bytes of shared
 /// memory.
 template <class Shape>
 int plan_stream(StreamParams& p, const FewRowLinear& linear) {
   const int sides = p.swiglu ? 2 : 1;
-  p.cluster = cluster_size(p.rows);
+  p.cluster = cluster_size<Shape>(p);
   share_groups(p, linear);
-  p.tile_units = static_cast<int>(divide_up(p.tile_units, divide_up(p.tile_units, Shape::kM / sides)));
+  const int64_t tiles = divide_up(p.tile_units, Shape::kM / sides);  // of the cluster with the most units
+  p.tile_units = static_cast<int>(divide_up(p.tile_units, tiles));
   p.slice = static_cast<int>(round_up(divide_up(p.k, p.cluster), kStreamBox));
 
   int64_t bytes = kStreamHeaderBytes;
@@ -142,8 +168,8 @@ int plan_stream(StreamParams& p, const FewRowLinear& linear) {
     return static_cast<int>(at);
   };
   p.x_pitch = p.slice * 2 + 16;
-  p.red_offset = place(Shape::kRedBytes);
-  p.x_offset = place(Shape::kResident ? p.rows * p.x_pitch : 0);
+  p.red_offset = place(Shape::red_bytes(p.rows));
+  p.x_offset = place(kDirect<Shape> ? 0 : Shape::kResident ? p.rows * p.x_pitch : 0);
   p.gamma_offset = place(p.gamma ? p.k * 2 : 0);
   bytes = round_up(bytes, 1024);
   p.ring_offset = static_cast<int>(bytes);
@@ -156,11 +182,15 @@ int plan_stream(StreamParams& p, const FewRowLinear& linear) {
   const int64_t most =
       std::max<int64_t>(std::min<int64_t>(kStageBytes / (sides * p.box_bytes), room / 3 / column_bytes), 1);
   const int64_t boxes = divide_up(p.slice, kStreamBox);
-  const int64_t boxes_a_stage = divide_up(boxes, divide_up(boxes, most));
+  const int64_t boxes_a_stage = round_up(divide_up(boxes, divide_up(boxes, most)), kDirect<Shape> ? 4 : 1);
   p.chunk = static_cast<int>(boxes_a_stage * kStreamBox);
   p.stage_bytes = static_cast<int>(boxes_a_stage * column_bytes);
-  p.stages = static_cast<int>(std::clamp<int64_t>(room / p.stage_bytes, 2, kStreamMaxStages));
-  return static_cast<int>(bytes + static_cast<int64_t>(p.stages) * p.stage_bytes);
+  const int64_t items = divide_up(boxes, boxes_a_stage) * tiles;
+  p.stages =
+      static_cast<int>(std::min(std::clamp<int64_t>(room / p.stage_bytes, 2, kStreamMaxStages), items));
+  // The matrix units read whole tiles of rows, also where the last box has less.
+  const int64_t beyond = Shape::kWarpgroups ? 2 * 64 * kStreamBox * 2 : 0;
+  return static_cast<int>(bytes + static_cast<int64_t>(p.stages) * p.stage_bytes + beyond);
 }
 
 /// Describes a row-major [rows, k] matrix of 16-bit elements to the copy engine, in boxes of [box_rows,
@@ -199,7 +229,12 @@ void launch_shape(StreamParams& p, const FewRowLinear& linear, const PartTable& 
     p.weight[i] = tensor_map(linear.dtype, parts.weight[i], rows, p.k, p.tile_units);
   }
   p.x_map = tensor_map(linear.dtype, p.x, p.rows, p.k, p.rows);
-  const auto kernel = few_row_linear_stream<T, Shape>;
+  void (*kernel)(StreamParams);
+  if constexpr (kDirect<Shape>) {
+    kernel = few_row_linear_direct<T, Shape>;
+  } else {
+    kernel = few_row_linear_stream<T, Shape>;
+  }
   allow_shared_memory(kernel, 227 * 1024);
   launch_kernel(kernel, p, dim3(p.cluster * p.groups), kStreamThreads, bytes, p.cluster, stream,
                 "few_row_linear");
@@ -222,12 +257,18 @@ void launch_stream(const FewRowLinear& linear, const void* x, const void* gamma,
   p.rows = static_cast<int>(linear.rows);
   p.swiglu = linear.swiglu;
   p.units = static_cast<int>(weight_rows(linear) / (linear.swiglu ? 2 : 1));
+  if (direct(linear)) {
+    if (p.k <= 4 * 256) return launch_shape<T, DirectShape<4>>(p, linear, parts, stream);
+    if (p.k <= 8 * 256) return launch_shape<T, DirectShape<8>>(p, linear, parts, stream);
+    if (p.k <= 14 * 256) return launch_shape<T, DirectShape<14>>(p, linear, parts, stream);
+    return launch_shape<T, DirectShape<20>>(p, linear, parts, stream);
+  }
   if (resident(linear)) return launch_shape<T, StreamShape<2, 1, 1, 1, true>>(p, linear, parts, stream);
   if (p.rows <= 8) return launch_shape<T, StreamShape<2, 1, 1, 1, false>>(p, linear, parts, stream);
-  if (p.rows <= 16) return launch_shape<T, StreamShape<2, 2, 1, 1, false>>(p, linear, parts, stream);
-  if (p.rows <= 32) return launch_shape<T, StreamShape<2, 4, 2, 1, false>>(p, linear, parts, stream);
-  if (p.rows <= 64) return launch_shape<T, StreamShape<2, 4, 2, 2, false>>(p, linear, parts, stream);
-  return launch_shape<T, StreamShape<2, 8, 4, 2, false>>(p, linear, parts, stream);
+  if (p.rows <= 16) return launch_shape<T, WarpgroupShape<16>>(p, linear, parts, stream);
+  if (p.rows <= 32) return launch_shape<T, WarpgroupShape<32>>(p, linear, parts, stream);
+  if (p.rows <= 64) return launch_shape<T, WarpgroupShape<64>>(p, linear, parts, stream);
+  return launch_shape<T, WarpgroupShape<128>>(p, linear, parts, stream);
 }
 
 }  // namespace
@@ -235,7 +276,7 @@ void launch_stream(const FewRowLinear& linear, const void* x, const void* gamma,
 bool few_row_linear_fits(const FewRowLinear& linear) {
   if (linear.dtype != DType::kBFloat16 && linear.dtype != DType::kFloat16) return false;
   if (linear.rows < 1 || linear.rows > kMaxRows || linear.k < 8 || linear.k % 8 != 0) return false;
-  if (linear.k > (1 << 20) || weight_rows(linear) > (1 << 28)) return false;
+  if (linear.k > (1 << 20) || weight_rows(linear) > (1 << 24)) return false;
   if (linear.part_count < 1 || linear.part_count > 3 || weight_rows(linear) < 1) return false;
   if (linear.swiglu) {
     if (linear.part_count > 2 || linear.parts[0].n < 1) return false;

@@ -1,49 +1,13 @@
 #pragma once
 
-// The kernel of few_row_linear on Hopper. A cluster of blocks owns a range of units (rows of the weights;
-// with swiglu pairs of rows) and each of its blocks a slice of k, so that every multiprocessor streams the
-// same number of bytes and nothing is summed through global memory. One warp of a block only issues bulk
-// copies of the rows of the weights into a ring of stages in shared memory; it starts before the kernels in
-// front are done, because weights do not depend on them. Eight warps multiply: they share out the units, the
-// tokens and the columns of a stage, and add their sums up through shared memory in a fixed order at the end
-// of a tile.
+// few_row_linear on Hopper for any number of rows: x comes through the ring beside the weights, or lies in
+// shared memory as a whole. Eight warps share out the units, the tokens and the columns of a stage, and add
+// their sums up through shared memory in a fixed order at the end of a tile.
 
-#include <cuda.h>
-
-#include <climits>
-
-#include "ops/decode_ptx.cuh"
+#include "ops/decode_wgmma.cuh"
+#include "ops/few_row_linear_ring.cuh"
 
 namespace modeltorch {
-
-inline constexpr int kStreamConsumers = 256;  // threads that multiply
-inline constexpr int kStreamThreads = kStreamConsumers + 32;
-inline constexpr int kStreamBox = 64;  // columns of one copy: 128 bytes, the widest swizzle
-inline constexpr int kStreamMaxStages = 16;
-inline constexpr int kStreamHeaderBytes = 512;  // barriers and partial sums of squares
-
-/// What a launch fixes. Offsets are bytes of shared memory from its start.
-struct StreamParams {
-  CUtensorMap weight[3];  // of each part, boxes of [tile_units, kStreamBox]; swiglu: gate, up
-  CUtensorMap x_map;      // boxes of [rows, kStreamBox]
-  const void* bias[3];
-  int part_begin[3];   // first unit of a part; INT_MAX where there is none
-  int group_begin[3];  // first cluster of a part; INT_MAX where there is none
-  const void* x;
-  const void* gamma;
-  const void* residual;
-  void* y;
-  float epsilon;
-  int k, rows, units, swiglu;
-  int cluster, groups;                 // blocks of a cluster, clusters
-  int tile_units;                      // most units of a tile
-  int slice;                           // columns of k of one block of the cluster, a multiple of kStreamBox
-  int chunk;                           // columns of a stage, a multiple of kStreamBox
-  int stages, stage_bytes, box_bytes;  // box_bytes: of one side's weights in a stage, one box
-  int x_box_bytes;                     // of x in a stage, one box
-  int x_pitch;                         // of a row of the resident x
-  int red_offset, x_offset, gamma_offset, ring_offset;
-};
 
 /// How the eight warps share a tile of [16 * kMI * kWM rows of weights, 8 * kNI * kWN tokens].
 template <int kMIv, int kNIv, int kWMv, int kWNv, bool kResidentv>
@@ -53,128 +17,26 @@ struct StreamShape {
   static constexpr int kM = 16 * kMI * kWM;
   static constexpr int kN = 8 * kNI * kWN;
   static constexpr int kRedPitch = kM + 4;  // floats; writes and reads of the sums meet no bank twice
-  static constexpr int kRedBuffers = kN <= 16 ? 2 : 1;
-  static constexpr int kRedBytes = kRedBuffers * kWK * kN * kRedPitch * 4;
+  static int red_bytes(int rows) { return kWK * rows * kRedPitch * 4; }
+  static constexpr bool kWarpgroups = false;
   static constexpr bool kResident = kResidentv;  // x lies in shared memory as a whole, normalised there
+};
+
+/// The same for the matrix units of Hopper: two groups of four warps take 64 rows of the weights each (with
+/// swiglu one gate, the other up), all tokens and all columns.
+template <int kTokens>
+struct WarpgroupShape {
+  static constexpr int kMI = 1, kNI = kTokens / 8, kWM = 8, kWN = 1, kWK = 1;
+  static constexpr int kM = 128, kN = kTokens;
+  static constexpr int kRedPitch = kM + 4;
+  static int red_bytes(int rows) { return rows * kRedPitch * 4; }
+  static constexpr bool kWarpgroups = true;
+  static constexpr bool kResident = false;
 };
 
 #if MODELTORCH_PTX_HOPPER
 
 namespace stream {
-
-/// The tiles of one cluster and the chunks of one block: what both sides of the ring walk. No cluster has
-/// units of two parts.
-struct Walk {
-  int part, begin, count, tiles;  // units of the cluster, tiles
-  int k_begin, k_end, chunks;     // columns of the block
-
-  __device__ Walk(const StreamParams& p, int group, int rank) {
-    part = (group >= p.group_begin[1]) + (group >= p.group_begin[2]);
-    const int first = pick(p.part_begin, part),
-              end = part < 2 ? min(p.units, p.part_begin[part + 1]) : p.units;
-    const int first_group = pick(p.group_begin, part);
-    const int groups = (part < 2 ? min(p.groups, p.group_begin[part + 1]) : p.groups) - first_group;
-    const int64_t units = end - first;
-    group -= first_group;
-    begin = first + static_cast<int>(units * group / groups);
-    count = first + static_cast<int>(units * (group + 1) / groups) - begin;
-    tiles = (count + p.tile_units - 1) / p.tile_units;
-    k_begin = min(p.k, rank * p.slice);
-    k_end = min(p.k, k_begin + p.slice);
-    chunks = (k_end - k_begin + p.chunk - 1) / p.chunk;
-  }
-
-  __device__ static int pick(const int (&begin)[3], int part) {
-    return part == 0 ? begin[0] : part == 1 ? begin[1] : begin[2];
-  }
-
-  __device__ int first_unit(int tile) const {
-    return begin + static_cast<int>(static_cast<int64_t>(count) * tile / tiles);
-  }
-};
-
-/// A place in the ring.
-struct Stage {
-  int index = 0;
-  uint32_t parity = 0;
-
-  __device__ void advance(int stages) {
-    if (++index == stages) {
-      index = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-struct Barriers {
-  uint32_t base;
-
-  __device__ uint32_t full(int stage) const { return base + stage * 8; }
-  __device__ uint32_t empty(int stage) const { return base + (kStreamMaxStages + stage) * 8; }
-  __device__ uint32_t ready() const {
-    return base + 2 * kStreamMaxStages * 8;
-  }  // sums of a cluster are written
-  __device__ uint32_t done() const { return ready() + 8; }  // and read
-};
-
-/// The thread that fills the ring. A stage holds the boxes of the first side (with swiglu: of gate), those of
-/// up, and those of x.
-template <class Shape>
-__device__ __forceinline__ void produce(const StreamParams& p, const Walk& walk, Barriers barriers,
-                                        uint32_t ring) {
-  const uint64_t once = ptx::evict_first_policy();
-  const uint64_t keep = ptx::evict_last_policy();
-  const int total = walk.tiles * walk.chunks;
-  const int sides = p.swiglu ? 2 : 1;
-  const int part_begin = Walk::pick(p.part_begin, walk.part);
-  const CUtensorMap* map = &p.weight[walk.part];
-  const int box_rows = sides * p.tile_units + (Shape::kResident ? 0 : p.rows);
-
-  auto load_weights = [&](int tile, int chunk, int stage) {
-    const int column = walk.k_begin + chunk * p.chunk;
-    const int boxes = (min(p.chunk, walk.k_end - column) + kStreamBox - 1) / kStreamBox;
-    const int row = walk.first_unit(tile) - part_begin;
-    ptx::barrier_expect(barriers.full(stage), boxes * box_rows * kStreamBox * 2);
-    uint32_t to = ring + stage * p.stage_bytes;
-    for (int box = 0; box < boxes; ++box, to += sides * p.box_bytes) {
-      ptx::tensor_copy(to, map, column + box * kStreamBox, row, barriers.full(stage), once);
-      if (sides == 2) {
-        ptx::tensor_copy(to + p.box_bytes, &p.weight[1], column + box * kStreamBox, row, barriers.full(stage),
-                         once);
-      }
-    }
-  };
-  auto load_x = [&](int chunk, int stage) {
-    const int column = walk.k_begin + chunk * p.chunk;
-    const int boxes = (min(p.chunk, walk.k_end - column) + kStreamBox - 1) / kStreamBox;
-    const uint32_t to = ring + stage * p.stage_bytes + p.chunk / kStreamBox * sides * p.box_bytes;
-    for (int box = 0; box < boxes; ++box) {
-      ptx::tensor_copy(to + box * p.x_box_bytes, &p.x_map, column + box * kStreamBox, 0, barriers.full(stage),
-                       keep);
-    }
-  };
-
-  const int first = min(total, p.stages);
-  int tile = 0, chunk = 0;
-  auto advance = [&] {
-    if (++chunk == walk.chunks) {
-      chunk = 0;
-      ++tile;
-    }
-  };
-  for (int item = 0; item < first; ++item, advance()) load_weights(tile, chunk, item);
-  if constexpr (!Shape::kResident) {
-    ptx::wait_for_dependencies();
-    for (int item = 0; item < first; ++item) load_x(item % walk.chunks, item);
-  }
-  Stage stage;
-  for (int item = first; item < total; ++item, advance()) {
-    ptx::barrier_wait(barriers.empty(stage.index), stage.parity);
-    load_weights(tile, chunk, stage.index);
-    if constexpr (!Shape::kResident) load_x(chunk, stage.index);
-    stage.advance(p.stages);
-  }
-}
 
 /// Copies gamma to shared memory: before the wait, since it is cold and does not depend on anything.
 template <class T>
@@ -225,7 +87,7 @@ __device__ __forceinline__ void fetch_x(const StreamParams& p, const Walk& walk,
     }
   }
   if (p.gamma) {
-    float* partial = reinterpret_cast<float*>(shared + (2 * kStreamMaxStages + 2) * 8);
+    float* partial = reinterpret_cast<float*>(shared + kStreamSquaresOffset);
     for (int mask = 16; mask; mask /= 2) squares += __shfl_xor_sync(~0u, squares, mask);
     if (lane == 0) partial[warp] = squares;
     ptx::barrier_sync(1, kStreamConsumers);
@@ -261,16 +123,6 @@ struct WarpPlace {
     k = warp % Shape::kWK;
     m = warp / Shape::kWK % Shape::kWM * (16 * Shape::kMI);
     n = warp / (Shape::kWK * Shape::kWM) * (8 * Shape::kNI);
-  }
-};
-
-/// Where this lane's row begins in a box, and how its 16-byte columns are permuted there.
-struct LaneRow {
-  uint32_t offset = 0, swizzle = 0;
-
-  /// Row `row` of a box of 128-byte rows.
-  __device__ static LaneRow in_box(int row) {
-    return {static_cast<uint32_t>(row * 128), static_cast<uint32_t>(row % 8 * 16)};
   }
 };
 
@@ -314,63 +166,86 @@ __device__ __forceinline__ void multiply_stage(const StreamParams& p, float (&ac
   }
 }
 
-/// Stores the sums of all warps as red[k][token][row].
+/// acc (+)= one stage. `w` and `x` are shared addresses of the first rows that this group of warps
+/// multiplies. The multiplications are left running.
+template <class T, class Shape>
+__device__ __forceinline__ void multiply_stage_by_warpgroups(const StreamParams& p,
+                                                             float (&acc)[1][Shape::kNI][4], uint32_t w,
+                                                             uint32_t x, int boxes, bool accumulate) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  const uint32_t box_bytes = p.swiglu ? 2 * p.box_bytes : p.box_bytes;
+  ptx::warpgroup_begin();
+  for (int box = 0; box < boxes; ++box) {
+#pragma unroll
+    for (int step = 0; step < kStreamBox / 16; ++step) {
+      ptx::warpgroup_multiply<T>(acc[0], ptx::box_descriptor(w + box * box_bytes + step * 32),
+                                 ptx::box_descriptor(x + box * p.x_box_bytes + step * 32), accumulate);
+      accumulate = true;
+    }
+  }
+  ptx::warpgroup_commit();
+#endif
+}
+
+/// One tile, all chunks. A stage goes back once the multiplications of the one after it have been started.
+/// Both halves multiply whatever their memory holds, also where the tile has too few rows for the second: a
+/// branch would make the compiler wait after every multiplication.
+template <class T, class Shape>
+__device__ __forceinline__ void multiply_tile_by_warpgroups(const StreamParams& p, const Walk& walk,
+                                                            Barriers barriers, float (&acc)[1][Shape::kNI][4],
+                                                            uint32_t ring, Stage& stage) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  const int half = __shfl_sync(~0u, threadIdx.x / 128, 0);  // known to be the same for the warp
+  const int sides = p.swiglu ? 2 : 1;
+  const uint32_t w_offset = half * (p.swiglu ? p.box_bytes : 64 * kStreamBox * 2);
+  const bool speaker = (threadIdx.x & 31) == 0;
+  int last = -1;
+  for (int chunk = 0; chunk < walk.chunks; ++chunk) {
+    const int columns = min(p.chunk, walk.k_end - walk.k_begin - walk.column(p, chunk));
+    const uint32_t w = ring + stage.index * p.stage_bytes;
+    ptx::barrier_wait(barriers.full(stage.index), stage.parity);
+    multiply_stage_by_warpgroups<T, Shape>(p, acc, w + w_offset,
+                                           w + p.chunk / kStreamBox * sides * p.box_bytes,
+                                           (columns + kStreamBox - 1) / kStreamBox, chunk > 0);
+    ptx::warpgroup_wait<1>();
+    if (last >= 0 && speaker) ptx::barrier_arrive(barriers.empty(last));
+    last = stage.index;
+    stage.advance(p.stages);
+  }
+  ptx::warpgroup_wait<0>();
+  if (last >= 0 && speaker) ptx::barrier_arrive(barriers.empty(last));
+#endif
+}
+
+/// Stores the sums of all warps as red[k][token][row], for the tokens that exist.
 template <class Shape>
 __device__ __forceinline__ void store_sums(float* red, const float (&acc)[Shape::kMI][Shape::kNI][4],
-                                           const WarpPlace<Shape>& warp) {
-  float* base =
-      red + (warp.k * Shape::kN + warp.n + warp.lane % 4 * 2) * Shape::kRedPitch + warp.m + warp.lane / 4;
+                                           const WarpPlace<Shape>& warp, int tokens) {
+  const int first = warp.n + warp.lane % 4 * 2;
+  float* base = red + (warp.k * tokens + first) * Shape::kRedPitch + warp.m + warp.lane / 4;
 #pragma unroll
-  for (int i = 0; i < Shape::kMI; ++i) {
+  for (int j = 0; j < Shape::kNI; ++j) {
+    if (first + j * 8 >= tokens) break;
+    const bool both = first + j * 8 + 1 < tokens;
 #pragma unroll
-    for (int j = 0; j < Shape::kNI; ++j) {
+    for (int i = 0; i < Shape::kMI; ++i) {
       float* to = base + j * 8 * Shape::kRedPitch + i * 16;
       to[0] = acc[i][j][0];
-      to[Shape::kRedPitch] = acc[i][j][1];
       to[8] = acc[i][j][2];
-      to[Shape::kRedPitch + 8] = acc[i][j][3];
+      if (both) {
+        to[Shape::kRedPitch] = acc[i][j][1];
+        to[Shape::kRedPitch + 8] = acc[i][j][3];
+      }
     }
   }
 }
 
-__device__ __forceinline__ float silu(float x) {
-  return x / (1.0f + __expf(-x));
-}
-
-/// Bias and residual of one element of y, fetched before the sums are there.
-struct Extras {
-  float bias = 0, bias_up = 0, residual = 0;
-};
-
-template <class T>
-__device__ __forceinline__ Extras fetch_extras(const StreamParams& p, int part, int unit, int token) {
-  Extras e;
-  const void* bias = part == 0 ? p.bias[0] : part == 1 ? p.bias[1] : p.bias[2];
-  if (bias)
-    e.bias = ptx::to_float(__ldg(static_cast<const T*>(bias) + unit - Walk::pick(p.part_begin, part)));
-  if (p.swiglu && p.bias[1]) e.bias_up = ptx::to_float(__ldg(static_cast<const T*>(p.bias[1]) + unit));
-  if (p.residual) {
-    const uint16_t bits =
-        __ldcg(static_cast<const unsigned short*>(p.residual) + static_cast<int64_t>(token) * p.units + unit);
-    e.residual = ptx::to_float(*reinterpret_cast<const T*>(&bits));
-  }
-  return e;
-}
-
-template <class T>
-__device__ __forceinline__ void write_element(const StreamParams& p, int unit, int token, float sum, float up,
-                                              const Extras& e) {
-  float value = sum + e.bias;
-  if (p.swiglu) value = silu(value) * (up + e.bias_up);
-  static_cast<T*>(p.y)[static_cast<int64_t>(token) * p.units + unit] = ptx::from_float<T>(value + e.residual);
-}
-
 /// The sum over warps of one row of the tile and one token.
 template <class Shape>
-__device__ __forceinline__ float sum_warps(const float* red, int row, int token) {
+__device__ __forceinline__ float sum_warps(const float* red, int row, int token, int tokens) {
   float sum = 0;
 #pragma unroll
-  for (int k = 0; k < Shape::kWK; ++k) sum += red[(k * Shape::kN + token) * Shape::kRedPitch + row];
+  for (int k = 0; k < Shape::kWK; ++k) sum += red[(k * tokens + token) * Shape::kRedPitch + row];
   return sum;
 }
 
@@ -386,11 +261,12 @@ __global__ void __launch_bounds__(kStreamThreads)
   using namespace stream;
   extern __shared__ __align__(1024) char shared[];
   const int rank = p.cluster > 1 ? ptx::cluster_rank() : 0;
-  const Walk walk(p, blockIdx.x / p.cluster, rank);
+  const Walk walk(p, blockIdx.x / p.cluster, rank, !Shape::kResident);
   const Barriers barriers{ptx::shared_address(shared)};
   const uint32_t ring = ptx::shared_address(shared + p.ring_offset);
   const bool producer = threadIdx.x >= kStreamConsumers;
 
+  ptx::launch_dependents();
   if (threadIdx.x == kStreamConsumers) {
     for (int i = 0; i < p.stages; ++i) {
       ptx::barrier_init(barriers.full(i), 1);
@@ -399,7 +275,6 @@ __global__ void __launch_bounds__(kStreamThreads)
     ptx::barrier_init(barriers.ready(), p.cluster);
     ptx::barrier_init(barriers.done(), p.cluster);
     ptx::publish_barriers();
-    ptx::launch_dependents();
   }
   if (p.cluster > 1) {
     ptx::cluster_arrive();
@@ -408,7 +283,7 @@ __global__ void __launch_bounds__(kStreamThreads)
     __syncthreads();
   }
   if (producer) {
-    if (threadIdx.x == kStreamConsumers) produce<Shape>(p, walk, barriers, ring);
+    if (threadIdx.x == kStreamConsumers) produce<Shape::kResident>(p, walk, barriers, ring);
     return;
   }
 
@@ -434,6 +309,7 @@ __global__ void __launch_bounds__(kStreamThreads)
     const int unit = walk.first_unit(tile);
     const int units = walk.first_unit(tile + 1) - unit;
     const int tile_rows = p.swiglu ? 2 * units : units;
+    const int up_row = Shape::kWarpgroups ? 64 : units;  // of the sums
     const int m_tiles = min(Shape::kMI, (tile_rows - warp.m + 15) / 16);
     // One element a thread: its bias and residual travel while the sums are made.
     constexpr bool kEarly = kM * kN <= kStreamConsumers;
@@ -451,44 +327,46 @@ __global__ void __launch_bounds__(kStreamThreads)
       w_row[i] = LaneRow::in_box(up ? row - units : row);
       if (up) w_row[i].offset += p.box_bytes;
     }
-    for (int chunk = 0; chunk < walk.chunks; ++chunk) {
-      const int column = chunk * p.chunk;
-      const int columns = min(p.chunk, walk.k_end - walk.k_begin - column);
-      const uint32_t w = ring + stage.index * p.stage_bytes;
-      const uint32_t x = Shape::kResident ? ptx::shared_address(shared + p.x_offset) + column * 2
-                                          : w + p.chunk / kStreamBox * sides * p.box_bytes;
-      ptx::barrier_wait(barriers.full(stage.index), stage.parity);
-      multiply_stage<T, Shape>(p, acc, w, x, w_row, x_row, w_half, x_half, (columns + 15) / 16, warp.k,
-                               m_tiles);
-      __syncwarp();
-      if (warp.lane == 0) ptx::barrier_arrive(barriers.empty(stage.index));
-      stage.advance(p.stages);
+    if constexpr (Shape::kWarpgroups) {
+      multiply_tile_by_warpgroups<T, Shape>(p, walk, barriers, acc, ring, stage);
+    } else {
+      for (int chunk = 0; chunk < walk.chunks; ++chunk) {
+        const int column = walk.column(p, chunk);
+        const int columns = min(p.chunk, walk.k_end - walk.k_begin - column);
+        const uint32_t w = ring + stage.index * p.stage_bytes;
+        const uint32_t x = Shape::kResident ? ptx::shared_address(shared + p.x_offset) + column * 2
+                                            : w + p.chunk / kStreamBox * sides * p.box_bytes;
+        ptx::barrier_wait(barriers.full(stage.index), stage.parity);
+        multiply_stage<T, Shape>(p, acc, w, x, w_row, x_row, w_half, x_half, (columns + 15) / 16, warp.k,
+                                 m_tiles);
+        __syncwarp();
+        if (warp.lane == 0) ptx::barrier_arrive(barriers.empty(stage.index));
+        stage.advance(p.stages);
+      }
     }
 
-    if (Shape::kRedBuffers == 2)
-      red = reinterpret_cast<float*>(shared + p.red_offset + (tile & 1) * (Shape::kRedBytes / 2));
-    store_sums<Shape>(red, acc, warp);
+    if (tile > 0) ptx::barrier_sync(1, kStreamConsumers);  // the sums of the tile before are read
+    store_sums<Shape>(red, acc, warp, p.rows);
     ptx::barrier_sync(1, kStreamConsumers);
     if (p.cluster == 1) {
-#pragma unroll
-      for (int e = threadIdx.x; e < kM * kN; e += kStreamConsumers) {
+#pragma unroll 4
+      for (int e = threadIdx.x; e < kM * p.rows; e += kStreamConsumers) {
         const int u = e % kM, token = e / kM;
-        if (u >= units || token >= p.rows) continue;
+        if (u >= units) continue;
         if (!kEarly) extras = fetch_extras<T>(p, walk.part, unit + u, token);
-        const float sum = sum_warps<Shape>(red, u, token);
-        const float up = p.swiglu ? sum_warps<Shape>(red, units + u, token) : 0;
+        const float sum = sum_warps<Shape>(red, u, token, p.rows);
+        const float up = p.swiglu ? sum_warps<Shape>(red, up_row + u, token, p.rows) : 0;
         write_element<T>(p, unit + u, token, sum, up, extras);
       }
-      if (Shape::kRedBuffers == 1) ptx::barrier_sync(1, kStreamConsumers);
       continue;
     }
 
     // The blocks of a cluster share the tokens out; each adds up the sums of all blocks in their order.
     if constexpr (Shape::kWK > 1) {
-      for (int e = threadIdx.x; e < kM * kN; e += kStreamConsumers) {
+#pragma unroll 4
+      for (int e = threadIdx.x; e < kM * p.rows; e += kStreamConsumers) {
         const int row = e % kM, token = e / kM;
-        if (row < tile_rows && token < p.rows)
-          red[token * Shape::kRedPitch + row] = sum_warps<Shape>(red, row, token);
+        if (row < tile_rows) red[token * Shape::kRedPitch + row] = sum_warps<Shape>(red, row, token, p.rows);
       }
       ptx::barrier_sync(1, kStreamConsumers);
     }
@@ -503,7 +381,7 @@ __global__ void __launch_bounds__(kStreamThreads)
       for (int from = 0; from < p.cluster; ++from) {
         const uint32_t address = red_address + (token * Shape::kRedPitch + u) * 4;
         sum += ptx::load_remote(address, from);
-        if (p.swiglu) up += ptx::load_remote(address + units * 4, from);
+        if (p.swiglu) up += ptx::load_remote(address + up_row * 4, from);
       }
       write_element<T>(p, unit + u, token, sum, up, extras);
     }

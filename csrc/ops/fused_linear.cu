@@ -1,8 +1,13 @@
 #include "ops/fused_linear.h"
 
+#include <algorithm>
+#include <bit>
+
 #include "ops/cuda_kernel.cuh"
 #include "ops/elementwise.h"
+#include "ops/few_row_linear.h"
 #include "ops/linear_products.h"
+#include "ops/many_row_linear.h"
 #include "ops/norm_rows.h"
 
 namespace modeltorch {
@@ -30,17 +35,69 @@ class FusedLinearCuda final : public CudaKernel<FusedLinear> {
     columns_ = setup.outputs[0].dims[1] * (op_.swiglu ? 2 : 1);
     if (op_.has_norm) norm_bytes_ = aligned(bucket_rows_ * x[1] * size);
     if (op_.swiglu) product_bytes_ = aligned(bucket_rows_ * columns_ * size);
+    FewRowLinear few{
+        .dtype = dtype_, .rows = bucket_rows_, .k = x[1], .gamma = op_.has_norm ? this : nullptr};
+    few.parts[0].n = columns_;
+    few.part_count = 1;
+    few.swiglu = op_.swiglu;
+    // Between the largest buckets the choice is the same: it is made once for each power of two.
+    const auto rows =
+        static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(bucket_rows_, 1))));
+    bool has_bias = false;
+    for (const LinearPart& part : op_.parts) has_bias = has_bias || part.has_bias;
+    key_ = {static_cast<int64_t>(dtype_),
+            rows,
+            x[1],
+            columns_,
+            static_cast<int64_t>(op_.parts.size()),
+            has_bias,
+            op_.has_norm,
+            op_.swiglu,
+            op_.has_residual};
+    if (bucket_rows_ <= kFewRows && bucket_rows_ > 0) few_row_bytes_ = few_row_linear_workspace(few);
   }
 
-  size_t workspace_bytes() const override { return kCudaGemmWorkspace + norm_bytes_ + product_bytes_; }
+  size_t workspace_bytes() const override {
+    return std::max(kCudaGemmWorkspace + norm_bytes_ + product_bytes_, few_row_bytes_);
+  }
 
   void run(const KernelArgs& args) override {
     const Tensors tensors = tensors_of(args);
     if (tensors.x->dims[0] == 0) return;
-    run_in_steps(tensors, args);
+    const CudaSession::Way ways[] = {
+        [&](void*) { return run_few_rows(tensors, args); },
+        [&](void*) { return run_many_rows(tensors, args); },
+        [&](void*) { return run_in_steps(tensors, args); },
+    };
+    session_.run_fastest(key_, ways, args.stream);
   }
 
  private:
+  static constexpr int64_t kFewRows = 128;
+
+  // In one launch, if there is a kernel for it.
+  bool run_few_rows(const Tensors& tensors, const KernelArgs& args) {
+    const int64_t rows = tensors.x->dims[0];
+    if (rows > kFewRows || tensors.parts.size() > 3) return false;
+    FewRowLinear linear{.dtype = dtype_,
+                        .rows = rows,
+                        .k = tensors.x->dims[1],
+                        .x = tensors.x->data,
+                        .gamma = op_.has_norm ? tensors.gamma->data : nullptr,
+                        .epsilon = op_.epsilon,
+                        .residual = op_.has_residual ? tensors.residual->data : nullptr,
+                        .swiglu = op_.swiglu,
+                        .y = tensors.y->data,
+                        .workspace = args.workspace};
+    for (const LinearProducts::Part& part : tensors.parts) {
+      if (!part.transposed) return false;
+      linear.parts[linear.part_count++] = {part.weight, part.bias, part.n};
+    }
+    if (!few_row_linear_fits(linear)) return false;
+    few_row_linear(linear, args.stream);
+    return true;
+  }
+
   Tensors tensors_of(const KernelArgs& args) const {
     Tensors tensors{.x = &args.in(0), .y = &args.out(0), .parts = {}};
     if (op_.has_norm) tensors.gamma = &args.in(1);
@@ -57,22 +114,11 @@ class FusedLinearCuda final : public CudaKernel<FusedLinear> {
   }
 
   // Norm, products, activation, one after the other: every dtype, shape and layout.
-  void run_in_steps(const Tensors& tensors, const KernelArgs& args) {
+  bool run_in_steps(const Tensors& tensors, const KernelArgs& args) {
     auto* workspace = static_cast<std::byte*>(args.workspace);
     const int64_t rows = tensors.x->dims[0];
-    const void* x = tensors.x->data;
-    if (op_.has_norm) {
-      void* normed = workspace + kCudaGemmWorkspace;
-      norm_rows({.dtype = dtype_,
-                 .rows = rows,
-                 .size = tensors.x->dims[1],
-                 .x = x,
-                 .gamma = tensors.gamma->data,
-                 .epsilon = op_.epsilon,
-                 .y = normed},
-                args.stream);
-      x = normed;
-    }
+    if (op_.has_norm) normalise(tensors, args);
+    const void* x = op_.has_norm ? normed(args) : tensors.x->data;
     const void* residual = tensors.residual == nullptr ? nullptr : tensors.residual->data;
     void* product = op_.swiglu ? workspace + kCudaGemmWorkspace + norm_bytes_ : tensors.y->data;
     linear_products(session_.gemm(),
@@ -89,12 +135,60 @@ class FusedLinearCuda final : public CudaKernel<FusedLinear> {
     if (op_.swiglu) {
       swiglu_rows(dtype_, product, residual, rows, columns_ / 2, tensors.y->data, args.stream);
     }
+    return true;
   }
 
+  // The norm apart, the rest in one launch, if there is a kernel for it.
+  bool run_many_rows(const Tensors& tensors, const KernelArgs& args) {
+    const int64_t rows = tensors.x->dims[0];
+    if (rows <= kFewRows || (op_.swiglu && op_.has_residual)) return false;
+    ManyRowLinear linear{.dtype = dtype_,
+                         .rows = rows,
+                         .k = tensors.x->dims[1],
+                         .n = op_.swiglu ? columns_ / 2 : columns_,
+                         .x = op_.has_norm ? normed(args) : tensors.x->data,
+                         .weight = tensors.parts[0].weight,
+                         .residual = op_.has_residual ? tensors.residual->data : nullptr,
+                         .y = tensors.y->data};
+    for (const LinearProducts::Part& part : tensors.parts) {
+      if (!part.transposed || part.bias != nullptr) return false;
+    }
+    if (op_.swiglu) {
+      if (tensors.parts.size() > 2 || tensors.parts[0].n % linear.n != 0) return false;
+      linear.up = tensors.parts.size() == 2
+                      ? tensors.parts[1].weight
+                      : static_cast<const std::byte*>(linear.weight) +
+                            linear.n * linear.k * static_cast<int64_t>(dtype_size(dtype_));
+    } else if (tensors.parts.size() > 1) {
+      return false;
+    }
+    if (!many_row_linear_fits(linear)) return false;
+    if (op_.has_norm) normalise(tensors, args);
+    many_row_linear(linear, args.stream);
+    return true;
+  }
+
+  void* normed(const KernelArgs& args) const {
+    return static_cast<std::byte*>(args.workspace) + kCudaGemmWorkspace;
+  }
+
+  void normalise(const Tensors& tensors, const KernelArgs& args) {
+    norm_rows({.dtype = dtype_,
+               .rows = tensors.x->dims[0],
+               .size = tensors.x->dims[1],
+               .x = tensors.x->data,
+               .gamma = tensors.gamma->data,
+               .epsilon = op_.epsilon,
+               .y = normed(args)},
+              args.stream);
+  }
+
+  std::vector<int64_t> key_;  ///< what the choice of a way depends on
   int64_t bucket_rows_ = 0;
   int64_t columns_ = 0;  ///< of the products
   size_t norm_bytes_ = 0;
   size_t product_bytes_ = 0;
+  size_t few_row_bytes_ = 0;
 };
 
 const bool registered = register_cuda<FusedLinear, FusedLinearCuda>();

@@ -74,8 +74,9 @@ std::unique_ptr<Kernel> make(const KernelSetup& setup) {
 
 const bool registered = register_kernel(GatherRows::kName, DeviceType::kCpu, make);
 const bool packer_registered = register_packer(
-    GatherRows::kName, DeviceType::kCpu,
-    {replaced_by_panels, [](const Operation&) { return std::string(kPlainPanelFormat); }, nullptr});
+    GatherRows::kName, DeviceType::kCpu, {.replaces = replaced_by_panels, .format = [](const Operation&) {
+                                            return std::string(kPlainPanelFormat);
+                                          }});
 const bool known = register_operation(GatherRows::kName, [](const OperationParameters&) -> OperationPtr {
   return std::make_shared<GatherRows>();
 });

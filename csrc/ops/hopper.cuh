@@ -59,6 +59,19 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+/// A place in a ring of buffers and the parity of its barriers.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 __device__ inline void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
 }
@@ -114,6 +127,44 @@ __device__ inline void registers_take() {
 
 __device__ inline void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+/// Which warpgroup this is, known to the compiler as the same for the whole warp.
+__device__ inline int warpgroup() {
+  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+}
+
+/// The place of this block in its cluster.
+__device__ inline uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+/// All threads of a cluster meet; what they wrote to shared memory before is seen after.
+__device__ inline void cluster_wait() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+/// Arrives at the barrier that lies at the same place in block `rank` of the cluster. For readers that give a
+/// buffer back: a release at cluster scope, which stores would need, costs a fence of the whole device.
+__device__ inline void barrier_arrive(uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
+/// As copy_box, to the same place in every block of the cluster that `blocks` has a bit for.
+__device__ inline void copy_box_to_all(void* to, const CUtensorMap* map, uint64_t* barrier, int x0, int x1,
+                                       uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x0), "r"(x1), "h"(blocks)
+      : "memory");
 }
 
 /// Starts the copy of a box at these coordinates, innermost first; its bytes are counted by the barrier.
@@ -172,7 +223,9 @@ __device__ inline uint64_t operand(const void* data, int leading = 16) {
 #define MODELTORCH_SUMS_32(i) \
   MODELTORCH_SUMS_8(i), MODELTORCH_SUMS_8(i + 8), MODELTORCH_SUMS_8(i + 16), MODELTORCH_SUMS_8(i + 24)
 #define MODELTORCH_SUMS_64 MODELTORCH_SUMS_32(0), MODELTORCH_SUMS_32(32)
-#define MODELTORCH_SUMS_128 MODELTORCH_SUMS_64, MODELTORCH_SUMS_32(64), MODELTORCH_SUMS_32(96)
+#define MODELTORCH_SUMS_96 MODELTORCH_SUMS_64, MODELTORCH_SUMS_32(64)
+#define MODELTORCH_SUMS_112 MODELTORCH_SUMS_96, MODELTORCH_SUMS_8(96), MODELTORCH_SUMS_8(104)
+#define MODELTORCH_SUMS_128 MODELTORCH_SUMS_112, MODELTORCH_SUMS_8(112), MODELTORCH_SUMS_8(120)
 #define MODELTORCH_NAMES_32                                                \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -180,12 +233,16 @@ __device__ inline uint64_t operand(const void* data, int leading = 16) {
   MODELTORCH_NAMES_32                                                                  \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MODELTORCH_NAMES_128                                                                     \
-  MODELTORCH_NAMES_64                                                                            \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "           \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define MODELTORCH_NAMES_96                                                            \
+  MODELTORCH_NAMES_64                                                                  \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define MODELTORCH_NAMES_112 \
+  MODELTORCH_NAMES_96        \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define MODELTORCH_NAMES_128 \
+  MODELTORCH_NAMES_112       \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 #define MODELTORCH_WGMMA(kColumns, kNames, kSums, type, a_at, b_at, flag_at)                          \
   asm volatile("{.reg .pred keep; setp.ne.b32 keep, %" flag_at                                        \
@@ -204,6 +261,14 @@ __device__ inline void wgmma(float (&sum)[kCount], uint64_t a, uint64_t b, int a
     MODELTORCH_WGMMA("128", MODELTORCH_NAMES_64, MODELTORCH_SUMS_64, "bf16", "64", "65", "66");
   } else if constexpr (kCount == 64) {
     MODELTORCH_WGMMA("128", MODELTORCH_NAMES_64, MODELTORCH_SUMS_64, "f16", "64", "65", "66");
+  } else if constexpr (kCount == 96 && kBFloat16) {
+    MODELTORCH_WGMMA("192", MODELTORCH_NAMES_96, MODELTORCH_SUMS_96, "bf16", "96", "97", "98");
+  } else if constexpr (kCount == 96) {
+    MODELTORCH_WGMMA("192", MODELTORCH_NAMES_96, MODELTORCH_SUMS_96, "f16", "96", "97", "98");
+  } else if constexpr (kCount == 112 && kBFloat16) {
+    MODELTORCH_WGMMA("224", MODELTORCH_NAMES_112, MODELTORCH_SUMS_112, "bf16", "112", "113", "114");
+  } else if constexpr (kCount == 112) {
+    MODELTORCH_WGMMA("224", MODELTORCH_NAMES_112, MODELTORCH_SUMS_112, "f16", "112", "113", "114");
   } else if constexpr (kCount == 128 && kBFloat16) {
     MODELTORCH_WGMMA("256", MODELTORCH_NAMES_128, MODELTORCH_SUMS_128, "bf16", "128", "129", "130");
   } else {

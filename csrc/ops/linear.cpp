@@ -136,7 +136,7 @@ class PanelLinear final : public Kernel {
                                .panel_stride = kPanelRows * k,
                                .k = k,
                                .n = std::min(weight_->n, end * kGroupColumns) - column};
-    const BFloat16* bias = weight_->bias.empty() ? nullptr : weight_->bias.data() + column;
+    const BFloat16* bias = weight_->has_bias ? weight_->bias() + column : nullptr;
     if (k <= kMaxSummands || rows <= kSmallRows) {
       panel_kernels()->to_bfloat16(product, bias, y + column, weight_->n);
     } else {
@@ -187,36 +187,90 @@ std::string panel_format(const Operation& operation) {
   return format;
 }
 
-PackedWeightPtr pack_linear(const Operation& operation, const std::vector<TensorView>& replaced) {
-  std::vector<PanelSource> rows;
-  std::vector<BFloat16> bias;
+// The matrix that the parts of a linear make, and what lies where in it.
+struct PanelParts {
+  struct Part {
+    const BFloat16* weight = nullptr;
+    const BFloat16* bias = nullptr;
+    bool transposed = true;
+    int64_t first = 0;  // row of the whole
+    int64_t n = 0;
+  };
+  std::vector<Part> parts;
+  int64_t n = 0;
   int64_t k = 0;
-  size_t at = 0;
-  for (const LinearPart& part : dynamic_cast<const Linear&>(operation).parts) {
-    const TensorView& weight = replaced[at++];
-    const int64_t n = weight.dims[part.transposed ? 0 : 1];
-    k = weight.dims[part.transposed ? 1 : 0];
-    for (int64_t row = 0; row < n; ++row) {
-      rows.push_back({weight.as<BFloat16>() + row * (part.transposed ? k : 1), part.transposed ? 1 : n});
+  bool has_bias = false;
+
+  PanelParts(const Operation& operation, const std::vector<TensorView>& replaced) {
+    size_t at = 0;
+    for (const LinearPart& part : dynamic_cast<const Linear&>(operation).parts) {
+      const TensorView& weight = replaced[at++];
+      const int64_t rows = weight.dims[part.transposed ? 0 : 1];
+      k = weight.dims[part.transposed ? 1 : 0];
+      parts.push_back({weight.as<BFloat16>(), nullptr, part.transposed, n, rows});
+      if (part.has_bias) parts.back().bias = replaced[at++].as<BFloat16>();
+      has_bias = has_bias || part.has_bias;
+      n += rows;
     }
-    if (!part.has_bias) continue;
-    const BFloat16* given = replaced[at++].as<BFloat16>();
-    bias.resize(rows.size() - n, BFloat16(0.0f));
-    bias.insert(bias.end(), given, given + n);
   }
-  const auto n = static_cast<int64_t>(rows.size());
-  if (!bias.empty()) bias.resize(rows.size(), BFloat16(0.0f));
-  auto packed = std::make_shared<PanelWeight>(n, k);
-  packed->bias = std::move(bias);
-  parallel_for((n + kPanelRows - 1) / kPanelRows, grain_for(kPanelRows * k), [&](int64_t begin, int64_t end) {
+
+  size_t bytes() const { return PanelWeight::bytes_for(n, k, has_bias); }
+};
+
+void pack_one_panel(const PanelParts& whole, int64_t first, BFloat16* panel) {
+  const BFloat16* rows[kPanelRows] = {};
+  const PanelParts::Part* strided = nullptr;  // the last part here that is [k, n]
+  for (const PanelParts::Part& part : whole.parts) {
+    const int64_t begin = std::max(first, part.first);
+    const int64_t end = std::min(first + kPanelRows, part.first + part.n);
+    if (begin >= end) continue;
+    if (!part.transposed) strided = &part;
+    for (int64_t row = begin; part.transposed && row < end; ++row) {
+      rows[row - first] = part.weight + (row - part.first) * whole.k;
+    }
+  }
+  if (strided == nullptr) return pack_panel(rows, whole.k, panel);
+  if (strided->first <= first && first + kPanelRows <= strided->first + strided->n) {
+    return pack_columns(strided->weight + first - strided->first, strided->n, whole.k, panel);
+  }
+  pack_panel(rows, whole.k, panel);
+  for (const PanelParts::Part& part : whole.parts) {
+    const int64_t begin = std::max(first, part.first);
+    const int64_t end = std::min(first + kPanelRows, part.first + part.n);
+    for (int64_t j = 0; !part.transposed && j < whole.k; ++j) {
+      for (int64_t row = begin; row < end; ++row) {
+        panel[j / 2 * 2 * kPanelRows + (row - first) * 2 + j % 2] =
+            part.weight[j * part.n + row - part.first];
+      }
+    }
+  }
+}
+
+size_t packed_bytes(const Operation& operation, const std::vector<TensorView>& replaced) {
+  return PanelParts(operation, replaced).bytes();
+}
+
+void pack_linear(const Operation& operation, const std::vector<TensorView>& replaced, std::byte* out) {
+  const PanelParts whole(operation, replaced);
+  auto* panels = reinterpret_cast<BFloat16*>(out);
+  const int64_t count = (whole.n + kPanelRows - 1) / kPanelRows;
+  parallel_for(count, grain_for(kPanelRows * whole.k / 8), [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      PanelSource sources[kPanelRows];
-      const int64_t first = panel * kPanelRows;
-      std::copy(rows.begin() + first, rows.begin() + std::min(n, first + kPanelRows), sources);
-      pack_panel(sources, k, packed->data() + first * k);
+      pack_one_panel(whole, panel * kPanelRows, panels + panel * kPanelRows * whole.k);
     }
   });
-  return packed;
+  if (!whole.has_bias) return;
+  BFloat16* bias = panels + panel_elements(whole.n, whole.k);
+  std::fill_n(bias, whole.n, BFloat16(0.0f));
+  for (const PanelParts::Part& part : whole.parts) {
+    if (part.bias != nullptr) std::copy_n(part.bias, part.n, bias + part.first);
+  }
+}
+
+PackedWeightPtr adopt_panels(const Operation& operation, const std::vector<TensorView>& replaced,
+                             HostBytes packed) {
+  const PanelParts whole(operation, replaced);
+  return std::make_shared<PanelWeight>(whole.n, whole.k, whole.has_bias, std::move(packed));
 }
 
 std::unique_ptr<Kernel> make(const KernelSetup& setup) {
@@ -227,8 +281,13 @@ std::unique_ptr<Kernel> make(const KernelSetup& setup) {
 }
 
 const bool registered = register_kernel(Linear::kName, DeviceType::kCpu, make);
-const bool packer_registered =
-    register_packer(Linear::kName, DeviceType::kCpu, {replaced_by_panels, panel_format, pack_linear});
+const bool packer_registered = register_packer(Linear::kName, DeviceType::kCpu,
+                                               {.replaces = replaced_by_panels,
+                                                .format = panel_format,
+                                                .layout = kPanelLayout,
+                                                .bytes = packed_bytes,
+                                                .pack = pack_linear,
+                                                .adopt = adopt_panels});
 const bool known =
     register_operation(Linear::kName, [](const OperationParameters& parameters) -> OperationPtr {
       const LinearPart part{parameters.integer("transposed", 0) != 0, parameters.integer("has_bias", 0) != 0};

@@ -75,9 +75,9 @@ void PanelSelfAttention::pack(const KernelArgs& args) const {
                      const int64_t count = std::min(kPanelRows, length - first);
                      const Panels to = panels_of(args, padded_start, length, head);
                      const int64_t at = (start + first) * stride + head * d;
-                     PanelSource rows[kPanelRows];
+                     const BFloat16* rows[kPanelRows] = {};
                      for (int64_t lane = 0; lane < count; ++lane)
-                       rows[lane] = {args.in(1).as<BFloat16>() + at + lane * stride, 1};
+                       rows[lane] = args.in(1).as<BFloat16>() + at + lane * stride;
                      pack_panel(rows, d, to.keys + first * d);
                      for (int64_t column = 0; column < d; column += kPanelRows) {
                        BFloat16* panel = to.values + column * padded(length) + first * kPanelRows;

@@ -1,31 +1,36 @@
 #pragma once
 
 #include <memory>
-#include <string>
-#include <vector>
 
 #include "core/half_floats.h"
-#include "core/host_buffer.h"
 #include "graph/packing.h"
 #include "ops/panels.h"
 
 namespace modeltorch {
 
 /// The weights of a linear map as panels (ops/panels.h): several parts are one matrix, one below the other.
+/// The bias, if there is one, follows the last panel.
 class PanelWeight final : public PackedWeight {
  public:
-  PanelWeight(int64_t n, int64_t k)
-      : n(n), k(k), panels_(static_cast<size_t>(panel_elements(n, k)) * sizeof(BFloat16)) {}
+  PanelWeight(int64_t n, int64_t k, bool has_bias, HostBytes packed)
+      : n(n), k(k), has_bias(has_bias), packed_(std::move(packed)) {}
 
-  size_t bytes() const override { return panels_.bytes() + bias.size() * sizeof(BFloat16); }
-  BFloat16* data() const { return static_cast<BFloat16*>(panels_.data()); }
+  static size_t bytes_for(int64_t n, int64_t k, bool has_bias) {
+    return static_cast<size_t>(panel_elements(n, k) + (has_bias ? n : 0)) * sizeof(BFloat16);
+  }
+
+  size_t bytes() const override { return bytes_for(n, k, has_bias); }
+  const BFloat16* data() const { return reinterpret_cast<const BFloat16*>(packed_.get()); }
+
+  /// [n], or null.
+  const BFloat16* bias() const { return has_bias ? data() + panel_elements(n, k) : nullptr; }
 
   const int64_t n;  ///< rows of the matrix, columns of the result
   const int64_t k;
-  std::vector<BFloat16> bias;  ///< [n], or empty
+  const bool has_bias;
 
  private:
-  HostBuffer panels_;
+  HostBytes packed_;
 };
 
 /// The name of the form of one [n, k] matrix without bias: what a word embedding can share with a tied

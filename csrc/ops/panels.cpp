@@ -1,5 +1,8 @@
 #include "ops/panels.h"
 
+#include <algorithm>
+#include <cstring>
+
 #include "core/cpu_level.h"
 
 namespace modeltorch {
@@ -27,12 +30,23 @@ const PanelKernels* panel_kernels() {
 
 #endif
 
-void pack_panel(const PanelSource (&rows)[kPanelRows], int64_t k, BFloat16* panel) {
-  for (int64_t j = 0; j < k; j += 2) {
-    for (const PanelSource& row : rows) {
-      panel[0] = row.data == nullptr ? BFloat16(0.0f) : row.data[j * row.stride];
-      panel[1] = row.data == nullptr ? BFloat16(0.0f) : row.data[(j + 1) * row.stride];
-      panel += 2;
+// A transposition of pairs, 16 at a time so that what is read and what is written stays in the nearest cache.
+void pack_panel(const BFloat16* const (&rows)[kPanelRows], int64_t k, BFloat16* panel) {
+  constexpr int64_t kPairs = 16;
+  constexpr size_t kPair = 2 * sizeof(BFloat16);
+  for (int64_t first = 0; first < k / 2; first += kPairs) {
+    const int64_t pairs = std::min(kPairs, k / 2 - first);
+    BFloat16* out = panel + first * 2 * kPanelRows;
+    for (int64_t row = 0; row < kPanelRows; ++row) {
+      const BFloat16* from = rows[row] + 2 * first;
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        BFloat16* to = out + 2 * (pair * kPanelRows + row);
+        if (rows[row] == nullptr) {
+          std::memset(to, 0, kPair);
+        } else {
+          std::memcpy(to, from + 2 * pair, kPair);
+        }
+      }
     }
   }
 }

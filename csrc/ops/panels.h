@@ -20,14 +20,11 @@ inline int64_t panel_elements(int64_t n, int64_t k) {
   return (n + kPanelRows - 1) / kPanelRows * kPanelRows * k;
 }
 
-/// A row on its way into a panel: its elements lie `stride` apart. Without data it is zeros.
-struct PanelSource {
-  const BFloat16* data = nullptr;
-  int64_t stride = 1;
-};
+/// The name of this layout, and of the matrix with its bias behind it. It changes with the layout.
+inline constexpr const char* kPanelLayout = "bfloat16 panels 16 x 2, bias last, 1";
 
-/// Packs one panel of k columns.
-void pack_panel(const PanelSource (&rows)[kPanelRows], int64_t k, BFloat16* panel);
+/// Packs a panel of k columns: row i starts at rows[i]; null is a row of zeros.
+void pack_panel(const BFloat16* const (&rows)[kPanelRows], int64_t k, BFloat16* panel);
 
 /// Packs a panel of columns of a [k, 16] block for products whose summands are its rows: row j starts at
 /// source + j * row_stride. An odd k is filled up with a row of zeros.

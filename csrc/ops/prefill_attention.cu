@@ -82,32 +82,26 @@ void launch_sm90(const PrefillAttention& attention, cudaStream_t stream, int pro
   check_launch(cudaGetLastError());
 }
 
-/// The current device: its compute capability and how many processors it has.
-struct Card {
-  int major = 0;
-  int processors = 0;
-};
-
-Card current_card() {
-  Card card;
-  int device = 0;
+/// Of the current device.
+int attribute(cudaDeviceAttr name) {
+  int device = 0, value = 0;
   check_launch(cudaGetDevice(&device));
-  check_launch(cudaDeviceGetAttribute(&card.major, cudaDevAttrComputeCapabilityMajor, device));
-  check_launch(cudaDeviceGetAttribute(&card.processors, cudaDevAttrMultiProcessorCount, device));
-  return card;
+  check_launch(cudaDeviceGetAttribute(&value, name, device));
+  return value;
 }
 
 template <class T>
 void launch(const PrefillAttention& attention, cudaStream_t stream) {
-  const Card card = current_card();
-  if (card.major == 9 && attention.head_size == 128) {
-    return launch_sm90<T, 128, 2>(attention, stream, card.processors);
+  const bool hopper = attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+  const int processors = attribute(cudaDevAttrMultiProcessorCount);
+  if (hopper && attention.head_size == 128) {
+    return launch_sm90<T, 128, 2>(attention, stream, processors);
   }
-  if (card.major == 9 && attention.head_size == 64) {
+  if (hopper && attention.head_size == 64) {
     // Three warpgroups hide more of the softmax, two waste less on short sequences.
     const bool long_ones = attention.tokens / attention.sequences >= 3072;
-    return long_ones ? launch_sm90<T, 64, 3>(attention, stream, card.processors)
-                     : launch_sm90<T, 64, 2>(attention, stream, card.processors);
+    return long_ones ? launch_sm90<T, 64, 3>(attention, stream, processors)
+                     : launch_sm90<T, 64, 2>(attention, stream, processors);
   }
   switch (attention.head_size) {
     case 64:

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "ops/pairs.cuh"
 #include "ops/prefill_tiles.cuh"
 
 /// Causal attention with mma.sync, for every head size and every card from sm_80 on.
@@ -27,25 +28,6 @@ struct Launch {
 
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-/// Two floats as two T in one register, the first in the low half.
-template <class T>
-__device__ inline uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  } else {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-}
-
-/// 2^x of the special function unit; 2^-inf is 0.
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 /// Copies 16 bytes to shared memory, or writes zeros where `there` is false.

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "ops/hopper.cuh"
+#include "ops/pairs.cuh"
 #include "ops/prefill_attention_mma.cuh"
 #include "ops/prefill_tiles.cuh"
 
@@ -30,35 +31,29 @@ struct Sm90Tile {
   static constexpr int kKeys = 128;
   static constexpr int kStages = 2;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  static constexpr int kFewRegisters = kConsumers == 2 ? 24 : 32;
-  static constexpr int kManyRegisters = kConsumers == 2 ? 240 : 160;
+  // Together no more than the block starts with: 65536 / kThreads, rounded down to a multiple of 8, a thread.
+  static constexpr int kFewRegisters = 32;
+  static constexpr int kManyRegisters = kConsumers == 2 ? 232 : 160;
   static constexpr int kSlice = 128;  ///< bytes of a row of 64 columns
   static constexpr int kQueryBytes = kRows * kHead * 2;
   static constexpr int kKeyBytes = kKeys * kHead * 2;
-  static constexpr int kBytes = kQueryBytes + 2 * kStages * kKeyBytes + 1024;  // 1024: to align the first
+  static constexpr int kBytes = kStages * (kQueryBytes + 2 * kKeyBytes) + 1024;  // 1024: to align the first
 };
 
-struct Sm90Barriers {
+/// What the warps of a block share beside the tiles: barriers, and which tile each buffer of queries belongs
+/// to.
+struct Sm90Shared {
   static constexpr int kStages = 2;
-  uint64_t q_full, q_empty;
+  uint64_t q_full[kStages], q_empty[kStages];
   uint64_t k_full[kStages], k_empty[kStages];
   uint64_t v_full[kStages], v_empty[kStages];
+  PrefillTile tile[kStages];  ///< length 0: no more work
+  int head[kStages];
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/// A place in a ring of buffers and the parity of its barriers.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
+using hopper::Ring;
 
 /// The work of a block: items of falling weight, dealt to and fro so that no block gets the heavier end each
 /// time.
@@ -77,28 +72,35 @@ struct Sm90Work {
 template <class T, class Tile>
 struct Sm90Producer {
   const Sm90Maps& maps;
-  Sm90Barriers& barriers;
+  Sm90Shared& shared;
   unsigned char* q;
   unsigned char* k;
   unsigned char* v;
-  Ring<Tile::kStages> ring;
-  uint32_t q_parity = 1;
+  Ring<Tile::kStages> q_ring, ring;
+
+  /// Hands the consumers a tile, as soon as they are done with the queries that lie in its buffer.
+  __device__ void announce(const PrefillTile& tile, int head, int bytes) {
+    hopper::barrier_wait(&shared.q_empty[q_ring.stage], q_ring.parity ^ 1);
+    shared.tile[q_ring.stage] = tile;
+    shared.head[q_ring.stage] = head;
+    hopper::barrier_expect(&shared.q_full[q_ring.stage], bytes);
+  }
 
   __device__ void load_tile(const PrefillTile& tile, int head, int kv_head) {
     using namespace hopper;
     const int last = (min(tile.first + Tile::kRows, tile.length) - 1) / Tile::kKeys;
-    barrier_wait(&barriers.q_empty, q_parity);
-    q_parity ^= 1;
-    barrier_expect(&barriers.q_full, Tile::kQueryBytes);
-    copy_box(q, &maps.q, &barriers.q_full, 0, tile.start + tile.first, 0, head);
+    announce(tile, head, Tile::kQueryBytes);
+    copy_box(q + q_ring.stage * Tile::kQueryBytes, &maps.q, &shared.q_full[q_ring.stage], 0,
+             tile.start + tile.first, 0, head);
+    q_ring.advance();
     for (int block = last; block >= 0; --block) {
       const int row = tile.start + block * Tile::kKeys;
-      barrier_wait(&barriers.k_empty[ring.stage], ring.parity ^ 1);
-      barrier_expect(&barriers.k_full[ring.stage], Tile::kKeyBytes);
-      copy_box(k + ring.stage * Tile::kKeyBytes, &maps.k, &barriers.k_full[ring.stage], 0, row, 0, kv_head);
-      barrier_wait(&barriers.v_empty[ring.stage], ring.parity ^ 1);
-      barrier_expect(&barriers.v_full[ring.stage], Tile::kKeyBytes);
-      copy_box(v + ring.stage * Tile::kKeyBytes, &maps.v, &barriers.v_full[ring.stage], 0, row, 0, kv_head);
+      barrier_wait(&shared.k_empty[ring.stage], ring.parity ^ 1);
+      barrier_expect(&shared.k_full[ring.stage], Tile::kKeyBytes);
+      copy_box(k + ring.stage * Tile::kKeyBytes, &maps.k, &shared.k_full[ring.stage], 0, row, 0, kv_head);
+      barrier_wait(&shared.v_empty[ring.stage], ring.parity ^ 1);
+      barrier_expect(&shared.v_full[ring.stage], Tile::kKeyBytes);
+      copy_box(v + ring.stage * Tile::kKeyBytes, &maps.v, &shared.v_full[ring.stage], 0, row, 0, kv_head);
       ring.advance();
     }
   }
@@ -109,14 +111,14 @@ struct Sm90Producer {
 template <class T, class Tile>
 struct Sm90Consumer {
   static constexpr int kScores = Tile::kKeys / 2;
-  Sm90Barriers& barriers;
+  Sm90Shared& shared;
   const unsigned char* q;
   unsigned char* k;
   unsigned char* v;
   int group;  ///< which of the consumers
   float scale_log2;
-  Ring<Tile::kStages> k_ring, v_ring;
-  uint32_t q_parity = 0;
+  int head;  ///< of the current tile
+  Ring<Tile::kStages> q_ring, k_ring, v_ring;
   float out[Tile::kHead / 2];
   float scores[kScores];
   uint32_t weights[kScores / 8][4];
@@ -129,7 +131,7 @@ struct Sm90Consumer {
   /// Starts scores = q . k^T.
   __device__ void score() {
     using namespace hopper;
-    const uint64_t a = operand(q + group * 64 * Tile::kSlice);
+    const uint64_t a = operand(q + q_ring.stage * Tile::kQueryBytes + group * 64 * Tile::kSlice);
     const uint64_t b = operand(k + k_ring.stage * Tile::kKeyBytes);
     wgmma_pin(scores);
     wgmma_fence();
@@ -175,22 +177,27 @@ struct Sm90Consumer {
   __device__ void soften() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float top = maximum[half];
+      float top = maximum[half], other = -INFINITY;  // two chains: shorter waits
 #pragma unroll
-      for (int i = 2 * half; i < kScores; i += 4) top = fmaxf(top, fmaxf(scores[i], scores[i + 1]));
+      for (int i = 2 * half; i < kScores; i += 4) {
+        top = fmaxf(top, scores[i]);
+        other = fmaxf(other, scores[i + 1]);
+      }
+      top = fmaxf(top, other);
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
       const float shift = top == -INFINITY ? 0.0f : top * scale_log2;
       rescale[half] = exp2_fast(maximum[half] * scale_log2 - shift);
       maximum[half] = top;
-      float added = 0.0f;
+      float added = 0.0f, too = 0.0f;
 #pragma unroll
       for (int i = 2 * half; i < kScores; i += 4) {
         scores[i] = exp2_fast(scores[i] * scale_log2 - shift);
         scores[i + 1] = exp2_fast(scores[i + 1] * scale_log2 - shift);
-        added += scores[i] + scores[i + 1];
+        added += scores[i];
+        too += scores[i + 1];
       }
-      sum[half] = sum[half] * rescale[half] + added;
+      sum[half] = sum[half] * rescale[half] + (added + too);
     }
   }
 
@@ -219,13 +226,11 @@ struct Sm90Consumer {
     using namespace hopper;
     maximum[0] = maximum[1] = -INFINITY;
     sum[0] = sum[1] = 0.0f;
-    barrier_wait(&barriers.q_full, q_parity);
-    q_parity ^= 1;
-    barrier_wait(&barriers.k_full[k_ring.stage], k_ring.parity);
+    barrier_wait(&shared.k_full[k_ring.stage], k_ring.parity);
     score();
     wgmma_wait<0>();
     wgmma_pin(scores);
-    release(barriers.k_empty, k_ring);
+    release(shared.k_empty, k_ring);
     mask(ahead);
     soften();
     round_weights();
@@ -235,23 +240,30 @@ struct Sm90Consumer {
   template <bool kMask>
   __device__ void step(bool add, int ahead) {
     using namespace hopper;
-    barrier_wait(&barriers.k_full[k_ring.stage], k_ring.parity);
+    barrier_wait(&shared.k_full[k_ring.stage], k_ring.parity);
     take_turn();
     score();
-    barrier_wait(&barriers.v_full[v_ring.stage], v_ring.parity);
+    barrier_wait(&shared.v_full[v_ring.stage], v_ring.parity);
     weigh(add);
     pass_turn();
     wgmma_wait<1>();
     wgmma_pin(scores);
-    release(barriers.k_empty, k_ring);
+    release(shared.k_empty, k_ring);
     if constexpr (kMask) mask(ahead);
     soften();
     wgmma_wait<0>();
     wgmma_pin(out);
-    release(barriers.v_empty, v_ring);
+    release(shared.v_empty, v_ring);
 #pragma unroll
     for (int i = 0; i < Tile::kHead / 2; ++i) out[i] *= rescale[i / 2 % 2];
     round_weights();
+  }
+
+  /// Waits for the next tile and its queries.
+  __device__ PrefillTile next() {
+    hopper::barrier_wait(&shared.q_full[q_ring.stage], q_ring.parity);
+    head = shared.head[q_ring.stage];
+    return shared.tile[q_ring.stage];
   }
 
   /// All keys of one tile.
@@ -260,25 +272,23 @@ struct Sm90Consumer {
     const int last = (min(tile.first + Tile::kRows, tile.length) - 1) / Tile::kKeys;
     const int row = tile.first + group * 64;
     begin(row - last * Tile::kKeys);
-    if (last == 0) {
-      if (threadIdx.x % 32 == 0) barrier_arrive(&barriers.q_empty);
-    }
-    barrier_wait(&barriers.v_full[v_ring.stage], v_ring.parity);
+    if (last == 0) release(shared.q_empty, q_ring);
+    barrier_wait(&shared.v_full[v_ring.stage], v_ring.parity);
     if ((last + 1) * Tile::kKeys > tile.length) clear_values(tile.length - last * Tile::kKeys);
     int block = last - 1;
     for (; block >= 0 && (block + 1) * Tile::kKeys > tile.first; --block) {
       step<true>(block < last - 1, row - block * Tile::kKeys);
-      if (block == 0 && threadIdx.x % 32 == 0) barrier_arrive(&barriers.q_empty);
+      if (block == 0) release(shared.q_empty, q_ring);
     }
     for (; block >= 0; --block) {
       step<false>(block < last - 1, 0);
-      if (block == 0 && threadIdx.x % 32 == 0) barrier_arrive(&barriers.q_empty);
+      if (block == 0) release(shared.q_empty, q_ring);
     }
-    barrier_wait(&barriers.v_full[v_ring.stage], v_ring.parity);
+    barrier_wait(&shared.v_full[v_ring.stage], v_ring.parity);
     weigh(last > 0);
     wgmma_wait<0>();
     wgmma_pin(out);
-    release(barriers.v_empty, v_ring);
+    release(shared.v_empty, v_ring);
   }
 
   /// Writes the rows of the warpgroup that are below `rows`; y is its row 0. The four lanes of a row exchange
@@ -300,16 +310,7 @@ struct Sm90Consumer {
           const int at = (d * 4 + i) * 4 + 2 * half;
           word[i] = pack<T>(out[at] * inverse, out[at + 1] * inverse);
         }
-#pragma unroll
-        for (int i = 0; i < 4; i += 2) {
-          const uint32_t other = __shfl_xor_sync(0xffffffffu, quad & 1 ? word[i] : word[i + 1], 1);
-          (quad & 1 ? word[i] : word[i + 1]) = other;
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const uint32_t other = __shfl_xor_sync(0xffffffffu, quad & 2 ? word[i] : word[i + 2], 2);
-          (quad & 2 ? word[i] : word[i + 2]) = other;
-        }
+        transpose_quad(word);
         if (row < rows) {
           *reinterpret_cast<uint4*>(y + row * stride + d * 32 + quad * 8) =
               uint4{word[0], word[1], word[2], word[3]};
@@ -320,16 +321,16 @@ struct Sm90Consumer {
 };
 
 template <class Tile>
-__device__ inline void init_barriers(Sm90Barriers& barriers) {
+__device__ inline void init_barriers(Sm90Shared& shared) {
   using namespace hopper;
   constexpr int kWarps = 4 * Tile::kConsumers;
-  barrier_init(&barriers.q_full, 1);
-  barrier_init(&barriers.q_empty, kWarps);
   for (int stage = 0; stage < Tile::kStages; ++stage) {
-    barrier_init(&barriers.k_full[stage], 1);
-    barrier_init(&barriers.k_empty[stage], kWarps);
-    barrier_init(&barriers.v_full[stage], 1);
-    barrier_init(&barriers.v_empty[stage], kWarps);
+    barrier_init(&shared.q_full[stage], 1);
+    barrier_init(&shared.q_empty[stage], kWarps);
+    barrier_init(&shared.k_full[stage], 1);
+    barrier_init(&shared.k_empty[stage], kWarps);
+    barrier_init(&shared.v_full[stage], 1);
+    barrier_init(&shared.v_empty[stage], kWarps);
   }
   barrier_init_fence();
 }
@@ -343,36 +344,34 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace hopper;
   extern __shared__ unsigned char memory[];
-  __shared__ Sm90Barriers barriers;
+  __shared__ Sm90Shared shared;
   unsigned char* const q = memory + (1024 - shared_address(memory) % 1024) % 1024;
-  unsigned char* const k = q + Tile::kQueryBytes;
+  unsigned char* const k = q + Tile::kStages * Tile::kQueryBytes;
   unsigned char* const v = k + Tile::kStages * Tile::kKeyBytes;
-  if (threadIdx.x == 0) init_barriers<Tile>(barriers);
+  if (threadIdx.x == 0) init_barriers<Tile>(shared);
   __syncthreads();
 
-  Sm90Work work;
   if (threadIdx.x < 128) {
     registers_give<Tile::kFewRegisters>();
     if (threadIdx.x >= 32) return;
-    Sm90Producer<T, Tile> producer{maps, barriers, q, k, v};
+    Sm90Producer<T, Tile> producer{maps, shared, q, k, v};
+    Sm90Work work;
     for (int round = 0; Sm90Work::get(round, launch.heads, items, work); ++round) {
       const PrefillTile tile =
           find_prefill_tile<Tile::kRows>(launch.seq_len, launch.sequences, launch.tokens, work.order);
       if (tile.length > 0 && threadIdx.x == 0) producer.load_tile(tile, work.head, work.head / launch.group);
       __syncwarp();
     }
+    if (threadIdx.x == 0) producer.announce(PrefillTile{}, 0, 0);
   } else {
     registers_take<Tile::kManyRegisters>();
-    const int group = threadIdx.x / 128 - 1;
-    Sm90Consumer<T, Tile> consumer{barriers, q, k, v, group, launch.scale_log2};
+    const int group = warpgroup() - 1;
+    Sm90Consumer<T, Tile> consumer{shared, q, k, v, group, launch.scale_log2, 0};
     if (group == Tile::kConsumers - 1) consumer.pass_turn();
-    for (int round = 0; Sm90Work::get(round, launch.heads, items, work); ++round) {
-      const PrefillTile tile =
-          find_prefill_tile<Tile::kRows>(launch.seq_len, launch.sequences, launch.tokens, work.order);
-      if (tile.length == 0) continue;
+    for (PrefillTile tile = consumer.next(); tile.length > 0; tile = consumer.next()) {
       consumer.run(tile);
       const int64_t row = tile.first + group * 64;
-      consumer.store(launch.y + (tile.start + row) * launch.y_stride + work.head * Tile::kHead,
+      consumer.store(launch.y + (tile.start + row) * launch.y_stride + consumer.head * Tile::kHead,
                      launch.y_stride, tile.length - static_cast<int>(row));
     }
     if (group == 0) consumer.take_turn();

@@ -47,7 +47,11 @@ __device__ inline PrefillTile find_prefill_tile(const int32_t* seq_len, int sequ
   };
   PrefillTile tile;
   if (order >= tiles_from(0)) return tile;
-  int index = 0, beyond = (tokens + kRows - 1) / kRows;  // tiles_from(index) > order >= tiles_from(beyond)
+  int most = 0;
+  for (int sequence = lane; sequence < sequences; sequence += 32) most = max(most, tiles_of(sequence));
+  int index = 0;
+  int beyond = static_cast<int>(__reduce_max_sync(0xffffffffu, static_cast<unsigned>(most)));
+  // tiles_from(index) > order >= tiles_from(beyond)
   while (beyond - index > 1) {
     const int middle = (index + beyond) / 2;
     (tiles_from(middle) > order ? index : beyond) = middle;
@@ -60,7 +64,8 @@ __device__ inline PrefillTile find_prefill_tile(const int32_t* seq_len, int sequ
     const unsigned having = __ballot_sync(0xffffffffu, tiles_of(sequence) > index);
     const int count = __popc(having);
     if (rank < count) {
-      const int owner = __fns(having, 0, rank + 1);
+      const bool mine = (having >> lane & 1) && __popc(having & ((1u << lane) - 1)) == rank;
+      const int owner = __ffs(__ballot_sync(0xffffffffu, mine)) - 1;
       start +=
           static_cast<int>(__reduce_add_sync(0xffffffffu, lane < owner ? static_cast<unsigned>(length) : 0u));
       tile.start = start;

@@ -1,7 +1,9 @@
 #include "ops/rope_attention.h"
 
 #include "ops/cuda_kernel.cuh"
+#include "ops/decode_attention.h"
 #include "ops/plain_attention.h"
+#include "ops/prefill_attention.h"
 
 namespace modeltorch {
 namespace {
@@ -70,15 +72,95 @@ __global__ void __launch_bounds__(kThreads)
 
 class RopeAttentionCuda final : public CudaKernel<RopeAttention> {
  public:
-  using CudaKernel::CudaKernel;
+  explicit RopeAttentionCuda(const KernelSetup& setup) : CudaKernel(setup) {
+    const int64_t rows = setup.inputs[0].dims[0];
+    const auto heads = static_cast<int>(op_.shape.heads);
+    const auto kv_heads = static_cast<int>(op_.shape.kv_heads);
+    const auto head_size = static_cast<int>(op_.shape.head_size);
+    if (op_.is_paged) {
+      workspace_bytes_ = decode_attention_workspace({.dtype = dtype_,
+                                                     .sequences = rows,
+                                                     .heads = heads,
+                                                     .kv_heads = kv_heads,
+                                                     .head_size = head_size});
+    } else {
+      workspace_bytes_ = prefill_attention_workspace({.dtype = dtype_,
+                                                      .tokens = rows,
+                                                      .sequences = setup.inputs[6].dims[0],
+                                                      .heads = heads,
+                                                      .kv_heads = kv_heads,
+                                                      .head_size = head_size});
+    }
+  }
 
   void run(const KernelArgs& args) override {
     if (args.in(0).dims[0] == 0) return;
+    if (op_.is_paged && decode(args)) return;
     rope(args);
+    if (!op_.is_paged && prefill(args)) return;
     attend(args);
   }
 
+  size_t workspace_bytes() const override { return workspace_bytes_; }
+
  private:
+  // Everything in one launch, if there is a kernel for it.
+  bool decode(const KernelArgs& args) {
+    const TensorView& cache = args.in(3);
+    const DecodeAttention attention{.dtype = dtype_,
+                                    .sequences = args.in(0).dims[0],
+                                    .heads = static_cast<int>(op_.shape.heads),
+                                    .kv_heads = static_cast<int>(op_.shape.kv_heads),
+                                    .head_size = static_cast<int>(op_.shape.head_size),
+                                    .scale = op_.shape.scale,
+                                    .qkv = args.in(0).data,
+                                    .cos = args.in(1).data,
+                                    .sin = args.in(2).data,
+                                    .k_cache = cache.data,
+                                    .v_cache = args.in(4).data,
+                                    .block_size = cache.dims[1],
+                                    .block_tables = args.in(7).as<const int32_t>(),
+                                    .table_width = args.in(7).dims[1],
+                                    .blocks = cache.dims[0],
+                                    .slots = args.in(5).as<const int32_t>(),
+                                    .seq_len = args.in(6).as<const int32_t>(),
+                                    .y = args.out(0).data,
+                                    .max_context = args.in(7).dims[1] * cache.dims[1],
+                                    .workspace = args.workspace,
+                                    .fault = session_.fault(CudaFault::kBlock)};
+    if (!decode_attention_fits(attention)) return false;
+    decode_attention(attention, args.stream);
+    return true;
+  }
+
+  // Attention of roped prompts, if there is a kernel for it.
+  bool prefill(const KernelArgs& args) {
+    const AttentionShape& shape = op_.shape;
+    const auto size = static_cast<int64_t>(dtype_size(dtype_));
+    const std::byte* qkv = args.in(0).as<const std::byte>();
+    const std::byte* k = qkv + shape.heads * shape.head_size * size;
+    const int64_t stride = args.in(0).dims[1];
+    const PrefillAttention attention{.dtype = dtype_,
+                                     .tokens = args.in(0).dims[0],
+                                     .sequences = args.in(6).dims[0],
+                                     .heads = static_cast<int>(shape.heads),
+                                     .kv_heads = static_cast<int>(shape.kv_heads),
+                                     .head_size = static_cast<int>(shape.head_size),
+                                     .scale = shape.scale,
+                                     .q = qkv,
+                                     .q_stride = stride,
+                                     .k = k,
+                                     .k_stride = stride,
+                                     .v = k + shape.kv_heads * shape.head_size * size,
+                                     .v_stride = stride,
+                                     .seq_len = args.in(6).as<const int32_t>(),
+                                     .y = args.out(0).data,
+                                     .workspace = args.workspace};
+    if (!prefill_attention_fits(attention)) return false;
+    prefill_attention(attention, args.stream);
+    return true;
+  }
+
   void rope(const KernelArgs& args) {
     const AttentionShape& shape = op_.shape;
     const RopeRows rows{.heads = shape.heads,
@@ -132,6 +214,8 @@ class RopeAttentionCuda final : public CudaKernel<RopeAttention> {
     }
     plain_attention(attention, args.stream);
   }
+
+  size_t workspace_bytes_ = 0;
 };
 
 const bool registered = register_cuda<RopeAttention, RopeAttentionCuda>();

@@ -109,7 +109,10 @@ ModelObject::State ModelObject::with_weights(const std::vector<at::Tensor>& weig
   progress_ = 0.0;
   fresh.runner = std::make_unique<GraphRunner>(fresh.model->build_graph(), fresh.model->input_rows(), device);
   fresh.runner->bind_weights(views_of(given));
-  pack_weights(*fresh.runner, held, [this](double part) { progress_ = part; });
+  PackStore store(fresh.model->packed_weight_folder());
+  pack_weights(*fresh.runner, held, store, [this](double part) { progress_ = part; });
+  fresh.packed_files_read = store.files_read();
+  fresh.packed_files_written = store.files_written();
   fresh.arena = std::make_unique<TensorArena>(device);
   fresh.weights = std::move(held);
   bind_caches(fresh);
@@ -244,6 +247,8 @@ c10::Dict<std::string, int64_t> ModelObject::counters() {
     result.insert("plans_evicted", counts.plans_evicted);
     result.insert("plans", state_.runner ? static_cast<int64_t>(state_.runner->plan_count()) : 0);
     result.insert("arena_allocations", state_.arena ? state_.arena->allocations() : 0);
+    result.insert("packed_files_read", state_.packed_files_read);
+    result.insert("packed_files_written", state_.packed_files_written);
     result.insert("arena_bytes", state_.arena ? static_cast<int64_t>(state_.arena->bytes()) : 0);
     if (state_.runner) {
       for (const auto& [name, count] : state_.runner->session_counters()) result.insert(name, count);

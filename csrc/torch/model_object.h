@@ -52,7 +52,7 @@ class ModelObject final : public torch::CustomClassHolder {
   int64_t set_format_to_nz(int64_t slot);
 
   /// What the object has done: executions, plans, plans_built, plans_evicted, shape_inferences,
-  /// kernel_setups, arena_allocations, arena_bytes.
+  /// kernel_setups, arena_allocations, arena_bytes, packed_files_read, packed_files_written.
   c10::Dict<std::string, int64_t> counters();
 
   /// The weight list as a JSON array of {name, slot, shape, dtype, shard, checkpoint}.
@@ -66,6 +66,8 @@ class ModelObject final : public torch::CustomClassHolder {
   struct State {
     std::unique_ptr<Model> model;
     std::vector<at::Tensor> weights;
+    int64_t packed_files_read = 0;  ///< by the last set_weight
+    int64_t packed_files_written = 0;
     std::vector<at::Tensor> keys;
     std::vector<at::Tensor> values;
     std::unique_ptr<TensorArena> arena;

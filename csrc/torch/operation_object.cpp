@@ -79,7 +79,8 @@ void OperationObject::prepare(const std::vector<at::Tensor>& tensors,
   runner_ = std::make_unique<GraphRunner>(graph.finish(), rows, device_);
   runner_->bind_weights(views_of(inputs));
   std::vector<at::Tensor> packed = tensors;
-  pack_weights(*runner_, packed, [](double) {});
+  PackStore store("");
+  pack_weights(*runner_, packed, store, [](double) {});
   weights_.clear();
   versions_.clear();
   for (const size_t position : weight_positions_) {

@@ -15,6 +15,8 @@ import torch
 import torch_npu  # noqa: F401  torch.npu
 from stand_in import IS_OLD_CHIP, count, counters, launch_mode
 
+pytest.register_assert_rewrite("pairs")
+
 if os.environ.get("ASCEND_HOST_FEW") == "1":
     settings.register_profile("few", settings.get_profile("short"), max_examples=4)
     settings.load_profile("few")

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "allocations.h"
+#include "graph/pack_store.h"
 #include "graph/runner.h"
 #include "graph/trace.h"
 #include "ops/add.h"
@@ -287,7 +288,8 @@ TEST(packed_weights_replace_theirs) {
   expect(requests.size() == 2 && requests[0].slots == std::vector<int32_t>{0, 1} && requests[1].slots[0] == 2,
          "slots");
   const auto& packer = *requests[0].packer;
-  runner.bind_packed(requests[0], packer.pack(runner.operation(0), {weight.view(), bias.view()}));
+  runner.bind_packed(requests[0],
+                     PackStore("").get(packer, runner.operation(0), {weight.view(), bias.view()}));
   expect(!runner.reads_weight(0) && !runner.reads_weight(1) && runner.reads_weight(2), "what is still read");
   expect(runner.plan_count() == 0, "kernels hold packed forms: their plans go");
   runner.run({&input.view(), 1}, {&packed.view(), 1}, step_of(4), arena);

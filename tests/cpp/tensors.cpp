@@ -10,6 +10,7 @@
 #include "core/half_floats.h"
 #include "core/parallel.h"
 #include "graph/kernel.h"
+#include "graph/pack_store.h"
 
 namespace test {
 
@@ -94,7 +95,7 @@ PackedInputs pack_inputs(const Operation& operation, const std::vector<const Ten
   PackedInputs result{nullptr, packer->replaces(operation, descs)};
   std::vector<TensorView> replaced;
   for (const size_t position : result.replaced) replaced.push_back(inputs[position]->view());
-  if (!replaced.empty()) result.packed = packer->pack(operation, replaced);
+  if (!replaced.empty()) result.packed = PackStore("").get(*packer, operation, replaced);
   return result;
 }
 

@@ -1,5 +1,7 @@
 #include "tiny_qwen.h"
 
+#include "graph/pack_store.h"
+
 #include <cmath>
 #include <utility>
 
@@ -149,7 +151,8 @@ void TinyQwen::set_up(Phase& phase, bool is_prefill) {
     if (request.packer->pack == nullptr) continue;
     std::vector<TensorView> replaced;
     for (const int32_t slot : request.slots) replaced.push_back(weight_views[slot]);
-    phase.runner->bind_packed(request, request.packer->pack(phase.runner->operation(request.node), replaced));
+    phase.runner->bind_packed(
+        request, PackStore("").get(*request.packer, phase.runner->operation(request.node), replaced));
   }
   phase.runner->bind_caches(cache_views);
 }

@@ -1,0 +1,131 @@
+#include "ops/many_row_linear.h"
+
+#include <algorithm>
+
+#include "core/check.h"
+#include "ops/many_row_linear_sm90.cuh"
+
+namespace modeltorch {
+
+namespace {
+
+using many_rows::Tile;
+using many_rows::Work;
+
+void check_launch(cudaError_t status) {
+  if (status != cudaSuccess) {
+    fail(ErrorKind::kRuntime, "many_row_linear: CUDA could not launch it: ", cudaGetErrorString(status));
+  }
+}
+
+/// Of the current device.
+int attribute(cudaDeviceAttr name) {
+  int device = 0, value = 0;
+  check_launch(cudaGetDevice(&device));
+  check_launch(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
+/// Rounds that the clusters of `processors` need for tiles of `columns` columns of y.
+int64_t rounds(const ManyRowLinear& linear, int columns, int processors) {
+  const int64_t pairs = (linear.rows + 255) / 256;
+  const int64_t tiles = (linear.n + columns - 1) / columns;
+  return (pairs * tiles + processors / 2 - 1) / (processors / 2);
+}
+
+/// The width of tile, in columns of y, that keeps the card busiest, widest first.
+int best_columns(const ManyRowLinear& linear, int processors) {
+  const int wide = linear.up == nullptr ? 256 : 128, narrow = linear.up == nullptr ? 224 : 96;
+  // A narrow tile multiplies a little more slowly for its width: it must save a twentieth.
+  return rounds(linear, narrow, processors) * narrow * 20 < rounds(linear, wide, processors) * wide * 19
+             ? narrow
+             : wide;
+}
+
+/// Boxes of 64 columns and `box` rows of a dense matrix [rows, k].
+CUtensorMap matrix_map(const ManyRowLinear& linear, const void* data, int64_t rows, int box) {
+  return hopper::tensor_map<2>({data,
+                                linear.dtype == DType::kBFloat16,
+                                {static_cast<uint64_t>(linear.k), static_cast<uint64_t>(rows)},
+                                {static_cast<uint64_t>(linear.k) * 2},
+                                {64, static_cast<uint32_t>(box)}});
+}
+
+template <class Tile>
+void launch(const ManyRowLinear& linear, cudaStream_t stream, int processors) {
+  const auto kernel = many_rows::linear_kernel<Tile>;
+  check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kBytes));
+  Work work{};
+  work.x = matrix_map(linear, linear.x, linear.rows, Tile::kRows);
+  work.weights[0] = matrix_map(linear, linear.weight, linear.n, Tile::kWide / 2);
+  work.weights[1] =
+      linear.up == nullptr ? work.weights[0] : matrix_map(linear, linear.up, linear.n, Tile::kWide / 2);
+  work.pairs = static_cast<int>((linear.rows + 255) / 256);
+  work.tiles = static_cast<int>((linear.n + Tile::kColumns - 1) / Tile::kColumns);
+  work.band = 8;
+  work.steps = static_cast<int>((linear.k + Tile::kDepth - 1) / Tile::kDepth);
+  work.rows = static_cast<int>(linear.rows);
+  work.columns = static_cast<int>(linear.n);
+  work.residual = linear.residual;
+  work.y = linear.y;
+  const int clusters = std::min(work.pairs * work.tiles, processors / 2);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {2, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = 2 * clusters;
+  config.blockDim = Tile::kThreads;
+  config.dynamicSmemBytes = Tile::kBytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  check_launch(cudaLaunchKernelEx(&config, kernel, work));
+}
+
+template <class T>
+void launch_best(const ManyRowLinear& linear, cudaStream_t stream) {
+  const int processors = attribute(cudaDevAttrMultiProcessorCount);
+  switch (best_columns(linear, processors)) {
+    case 256:
+      return launch<Tile<T, false, 256, 4>>(linear, stream, processors);
+    case 224:
+      return launch<Tile<T, false, 224, 5>>(linear, stream, processors);
+    case 128:
+      return launch<Tile<T, true, 256, 4>>(linear, stream, processors);
+    default:
+      return launch<Tile<T, true, 192, 5>>(linear, stream, processors);
+  }
+}
+
+bool aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+}  // namespace
+
+bool many_row_linear_fits(const ManyRowLinear& linear) {
+  return (linear.dtype == DType::kBFloat16 || linear.dtype == DType::kFloat16) && linear.n > 0 &&
+         linear.n % 8 == 0 && linear.n < 1 << 28 && linear.k > 0 && linear.k % 8 == 0 &&
+         linear.rows < 1 << 28 && aligned(linear.x) && aligned(linear.weight) && aligned(linear.up) &&
+         aligned(linear.residual) && aligned(linear.y) &&
+         (linear.up == nullptr || linear.residual == nullptr) &&
+         attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+}
+
+double many_row_linear_yield(const ManyRowLinear& linear) {
+  const int processors = attribute(cudaDevAttrMultiProcessorCount);
+  const int columns = best_columns(linear, processors);
+  return static_cast<double>(linear.rows) * linear.n /
+         (static_cast<double>(rounds(linear, columns, processors)) * (processors / 2) * 256 * columns);
+}
+
+void many_row_linear(const ManyRowLinear& linear, void* stream) {
+  if (linear.rows == 0) return;
+  if (linear.dtype == DType::kBFloat16) {
+    launch_best<__nv_bfloat16>(linear, static_cast<cudaStream_t>(stream));
+  } else {
+    launch_best<__half>(linear, static_cast<cudaStream_t>(stream));
+  }
+}
+
+}  // namespace modeltorch
