@@ -35,7 +35,6 @@ from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
 TORCH_MINOR = ".".join(torch.__version__.split(".")[:2])
-ASCEND = os.environ.get("MODELTORCH_ASCEND") == "1"
 SUPPORTED_MINORS = ("2.11", "2.12", "2.13", "2.14")
 DEFAULT_CUDA_ARCHS = "80,90a,80+PTX"
 
@@ -78,10 +77,23 @@ def wants_cuda() -> bool:
 CUDA = wants_cuda()
 
 
+def is_switched_on(variable: str) -> bool:
+    """Whether an environment variable asks for something: 1, true, yes or on. Stops at what is neither yes nor no."""
+    value = os.environ.get(variable, "").strip().lower()
+    if value in ("1", "true", "yes", "on"):
+        return True
+    if value in ("", "0", "false", "no", "off"):
+        return False
+    raise SystemExit(f"{variable} must be 1 or 0, got {os.environ[variable]!r}")
+
+
+ASCEND = is_switched_on("MODELTORCH_ASCEND")
+
+
 def compile_flags() -> list[str]:
     """Flags of every C++ file. The processor level is chosen at run time, so nothing here names one."""
     flags = ["-std=c++20", "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter"]
-    if os.environ.get("MODELTORCH_DEBUG") == "1":
+    if is_switched_on("MODELTORCH_DEBUG"):
         return [*flags, "-O1", "-g"]
     return [*flags, "-O3", "-g0", "-DNDEBUG"]
 
@@ -158,7 +170,11 @@ def ascend_paths() -> tuple[list[str], list[str]]:
     for needed in (vendor / "include" / "atb" / "atb_infer.h", library_file):
         if not needed.is_file():
             raise SystemExit(f"ATB_HOME_PATH is {home}, but {needed} does not exist: source the right set_env.sh")
-    has_cxx11_abi = b"__cxx11" in library_file.read_bytes()
+    contents = library_file.read_bytes()
+    if not contents.startswith(b"\x7fELF"):
+        what = "is empty" if not contents else "is no shared library"
+        raise SystemExit(f"{library_file} {what}: install the vendor's transformer library again")
+    has_cxx11_abi = b"__cxx11" in contents
     if has_cxx11_abi != torch.compiled_with_cxx11_abi():
         raise SystemExit(
             f"{library_file} was built with C++ ABI {int(has_cxx11_abi)}, this torch with "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modeltorch.sampling import Sampler, Sampling, sampling_rows
+from modeltorch.sampling import Sampler, Sampling, choosing_device, sampling_rows
 
 if TYPE_CHECKING:
     from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
@@ -82,7 +82,7 @@ _PLANNED_STEPS = 64
 
 
 class DecodeBatch:
-    """The tensors of a decode step, kept between steps.
+    """The tensors of a decode step where its tokens are chosen, kept between steps.
 
     What a step needs beside the tokens (positions, slots, lengths) is known ahead: it is computed on the host for many
     steps at once and copied to the device in one go, so that a step itself launches nothing and waits for nothing.
@@ -95,6 +95,7 @@ class DecodeBatch:
     """
 
     def __init__(self, requests: list[Request], block_size: int, device: torch.device) -> None:
+        device = choosing_device(device)
         self.requests = requests
         self.block_size = block_size
         width = max(len(request.blocks) for request in requests)
@@ -223,7 +224,9 @@ class Engine:
             request = Request(tokens, max_new_tokens=0)
             request.blocks = self.cache.allocate(self.cache.blocks_needed(len(tokens)))
             try:
-                results.append(self._prefill_logits([request], None).float())
+                logits = self._prefill_logits([request], None)
+                results.append(logits.to(choosing_device(logits.device)).float())
+                self.model.settle()
             finally:
                 self._release(request)
         return results
@@ -294,8 +297,8 @@ class Engine:
         )
 
     def _prefill(self, requests: list[Request]) -> None:
-        tokens = self.prefill_step(requests)
-        for request, token in zip(requests, tokens.tolist(), strict=True):
+        tokens = self._read(self.prefill_step(requests))
+        for request, token in zip(requests, tokens, strict=True):
             self._append(request, token)
 
     def prefill_step(self, requests: list[Request]) -> torch.Tensor:
@@ -306,8 +309,8 @@ class Engine:
         return self._sampler.choose(logits, rows)
 
     def _decode(self, batch: DecodeBatch) -> None:
-        tokens = self.decode_step(batch)
-        for request, token in zip(batch.requests, tokens.tolist(), strict=True):
+        tokens = self._read(self.decode_step(batch))
+        for request, token in zip(batch.requests, tokens, strict=True):
             self._append(request, token)
 
     def _decode_ahead(self, batch: DecodeBatch) -> None:
@@ -348,6 +351,12 @@ class Engine:
         tokens = self._sampler.choose(logits, batch.sampling)
         batch.advance(tokens)
         return tokens
+
+    def _read(self, tokens: torch.Tensor) -> list[int]:
+        """The tokens of a step, unless the step failed: what was chosen from its logits is then worth nothing."""
+        read = tokens.tolist()
+        self.model.settle()  # read first: then no launch is under way, and this waits for nothing
+        return read
 
     def _append(self, request: Request, token: int) -> None:
         request.new_tokens.append(token)

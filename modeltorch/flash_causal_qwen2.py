@@ -106,8 +106,8 @@ class FlashQwen2ForCausalLM:
             stop_tokens: ids that end an answer.
             block_size: tokens of a cache block.
             num_blocks: blocks of the cache; None takes cache_gb.
-            cache_gb: GiB of the cache; None takes the smaller of 4 and a quarter of free memory, on a GPU three
-                quarters of its free memory.
+            cache_gb: GiB of the cache; None takes the smaller of 4 and a quarter of free memory, on a GPU or
+                an NPU three quarters of its free memory.
             packed_folder: where packed weights are kept from one process to the next; None: nowhere.
 
         Raises:
@@ -140,6 +140,7 @@ class FlashQwen2ForCausalLM:
         self._weights = weights
         self._packed_folder = packed_folder
         self._bound_cache: list[torch.Tensor] = []
+        self._last_operation: Any = None
         self._cache_options = {"block_size": block_size, "num_blocks": num_blocks, "cache_gb": cache_gb}
         self._cache: PagedCache | None = None
         PagedCache.check_sizes(block_size=block_size, num_blocks=num_blocks, cache_gb=cache_gb)
@@ -352,10 +353,29 @@ class FlashQwen2ForCausalLM:
         return [tensor.to(self.device) for tensor in inputs], json.dumps({"seqLen": lengths})
 
     def execute_ascend_operator(self, acl_inputs: list[torch.Tensor], acl_param: str, is_prefill: bool) -> torch.Tensor:
-        """Runs a prepared step; returns the logits."""
+        """Runs a prepared step; returns the logits.
+
+        Raises:
+            RuntimeError: also for what went wrong in the step before this one after its call had returned.
+        """
         operation = self.acl_encoder_operation if is_prefill else self.acl_decoder_operation
+        if operation is not self._last_operation:
+            self.settle()  # each object knows of its own steps alone, but both work on one cache
+        self._last_operation = operation
         logits: torch.Tensor = operation.execute(acl_inputs, acl_param)[0]
         return logits
+
+    def settle(self) -> None:
+        """Throws what went wrong in the last step after its call had returned; call it before logits are used.
+
+        On Ascend a step may still be on its way to the device when its call returns (docs/ascend.md). Once its logits
+        have been read to the host nothing is, and this returns at once, as it always does on a CPU.
+
+        Raises:
+            RuntimeError: the last step failed; its logits are worth nothing. It is raised once.
+        """
+        if self._last_operation is not None:
+            self._last_operation.settle()
 
     def forward(
         self,
@@ -531,7 +551,7 @@ class FlashQwen2ForCausalLM:
             token_lists: sequences of token ids, none empty.
 
         Returns:
-            A float32 tensor [len, vocab] a sequence.
+            A float32 tensor [len, vocab] a sequence, on the model's device, but on the host for npu.
 
         Raises:
             ValueError: as generate.

@@ -27,9 +27,10 @@ def available_memory() -> int:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that a cache of unstated size may take on a device."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int((torch.cuda.mem_get_info(device)[0] + held) * 0.75)
+    if device.type in ("cuda", "npu"):
+        memory = getattr(torch, device.type)
+        held = memory.memory_reserved(device) - memory.memory_allocated(device)
+        return int((memory.mem_get_info(device)[0] + held) * 0.75)
     return min(4 * GIB, available_memory() // 4)
 
 

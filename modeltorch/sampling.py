@@ -53,8 +53,17 @@ def _whole_number(name: str, value: int, least: int) -> int:
     return number
 
 
+def choosing_device(device: torch.device) -> torch.device:
+    """Where the tokens of a model on `device` are chosen: there, but on the host for npu.
+
+    What a step takes and gives beside logits is a few numbers. torch's own operators on npu tensors would each be
+    compiled and launched for them, and need the vendor's operator library, which nothing else here needs.
+    """
+    return torch.device("cpu") if device.type == "npu" else device
+
+
 class SamplingRows:
-    """The sampling of every row of a batch, as tensors on the device of the logits.
+    """The sampling of every row of a batch, as tensors where its tokens are chosen.
 
     Attributes:
         temperatures: float32 [B]; a row of 0 is greedy.
@@ -63,6 +72,7 @@ class SamplingRows:
     """
 
     def __init__(self, samplings: Sequence[Sampling], device: torch.device) -> None:
+        device = choosing_device(device)
         self._samplings = list(samplings)
         self._device = device
         self.temperatures = torch.tensor([sampling.temperature for sampling in samplings], device=device)
@@ -91,7 +101,7 @@ def sampling_rows(samplings: Sequence[Sampling], device: torch.device) -> Sampli
 
 
 class Sampler:
-    """Chooses one token a row, on the device of the logits."""
+    """Chooses one token a row (where: choosing_device)."""
 
     def __init__(self) -> None:
         self._argmax = torch.classes.ModelTorch.Operation("ArgmaxRows", {})
@@ -106,6 +116,7 @@ class Sampler:
         Returns:
             int64 [B].
         """
+        logits = logits.to(choosing_device(logits.device))
         greedy = self._argmax.run([logits])[0] if logits.device.type == "cpu" else logits.argmax(dim=-1)
         if rows is None:
             return greedy

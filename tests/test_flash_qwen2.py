@@ -253,6 +253,43 @@ def test_a_prepared_step_runs_on_the_object_of_its_phase(model, reference):
     assert relative_error(decode, caller.last_rows(reference)) < TOLERANCE
 
 
+def test_an_object_is_settled_before_the_other_goes_on_over_its_cache(model):
+    told: list[str] = []
+
+    class Told:
+        def __init__(self, operation: torch.ScriptObject, name: str) -> None:
+            self.operation, self.name = operation, name
+
+        def execute(self, *arguments: object) -> list[torch.Tensor]:
+            told.append(f"{self.name} runs")
+            return self.operation.execute(*arguments)
+
+        def settle(self) -> int:
+            told.append(f"{self.name} is settled")
+            return self.operation.settle()
+
+    model.init_ascend_weight()
+    caller = Caller(new_caches())
+    model.init_kvcache(caller.caches)
+    model.acl_encoder_operation = Told(model.acl_encoder_operation, "prefill")
+    model.acl_decoder_operation = Told(model.acl_decoder_operation, "decode")
+    model.settle()
+    model.forward(*caller.prefill())
+    model.forward(*caller.decode([1, 2, 3, 4]))
+    model.forward(*caller.decode([1, 2, 3, 4]))
+    model.settle()
+    model.forward(*Caller(caller.caches).prefill())
+    assert told == [
+        "prefill runs",
+        "prefill is settled",
+        "decode runs",
+        "decode runs",
+        "decode is settled",
+        "decode is settled",
+        "prefill runs",
+    ]
+
+
 # ---- rope ------------------------------------------------------------------------------------------
 
 

@@ -91,6 +91,51 @@ def test_a_failure_in_the_middle_of_a_run_loses_no_block(reference, monkeypatch,
     assert model.generate(prompts, max_new_tokens=4) == expected
 
 
+class FailsLate:
+    """A step object whose n-th step fails after its call has returned, as on a device with a queue."""
+
+    def __init__(self, operation: torch.ScriptObject, at: int) -> None:
+        self.operation, self.at, self.steps, self.told = operation, at, 0, False
+
+    def execute(self, *arguments: object) -> list[torch.Tensor]:
+        self.steps += 1
+        return self.operation.execute(*arguments)
+
+    def settle(self) -> int:
+        if self.steps == self.at and not self.told:
+            self.told = True
+            raise RuntimeError("an earlier step failed")
+        return self.operation.settle()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.operation, name)
+
+
+@pytest.mark.parametrize(("phase", "at"), [("encoder", 1), ("encoder", 3), ("decoder", 1), ("decoder", 2)])
+def test_a_step_that_fails_after_its_call_gives_no_text(reference, phase, at):
+    """The other object works on over the same cache: nothing of its may be taken for an answer."""
+    model = runner(reference, num_blocks=3)
+    prompts = [[n, n + 1] for n in range(7)]
+    expected = model.generate(prompts, max_new_tokens=4)
+    name = f"acl_{phase}_operation"
+    failing = FailsLate(getattr(model, name), at)
+    setattr(model, name, failing)
+    with pytest.raises(RuntimeError, match="an earlier step failed"):
+        model.generate(prompts, max_new_tokens=4)
+    assert failing.steps == at
+    assert model.cache.free_blocks == 3
+    assert model.generate(prompts, max_new_tokens=4) == expected
+
+
+def test_logits_of_a_step_that_fails_after_its_call_are_not_given(reference):
+    model = runner(reference)
+    model.init_ascend_weight()
+    model.acl_encoder_operation = FailsLate(model.acl_encoder_operation, 1)
+    with pytest.raises(RuntimeError, match="an earlier step failed"):
+        model.compute_logits([[1, 2]])
+    assert model.cache.free_blocks == model.cache.num_blocks
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
 def test_a_failure_in_compute_logits_loses_no_block(reference, monkeypatch, kind):
     model = runner(reference)

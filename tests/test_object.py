@@ -44,6 +44,13 @@ def _call(made: torch.ScriptObject, method: str) -> None:
     getattr(made, method)(*arguments.get(method, ()))
 
 
+def test_there_is_nothing_to_settle_on_a_cpu():
+    made = new()
+    assert made.settle() == 0
+    made.set_param(parameter_text())
+    assert made.settle() == 0
+
+
 @pytest.mark.parametrize(
     ("done", "method", "missing"),
     [

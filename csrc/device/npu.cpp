@@ -43,9 +43,19 @@ size_t with_margin(size_t bytes) {
   return (bytes + bytes / 4 + 4095) / 4096 * 4096;
 }
 
+void check_npu_dtype(DType dtype) {
+  if (dtype != DType::kFloat16 && dtype != DType::kBFloat16) {
+    fail(ErrorKind::kNotImplemented, "Ascend computes in float16 or bfloat16, got ", dtype);
+  }
+  if (dtype == DType::kBFloat16 && is_first_generation_chip()) {
+    fail(ErrorKind::kNotImplemented, "this Ascend chip has no bfloat16: load the model as float16");
+  }
+}
+
 const bool registered = register_session(
     DeviceType::kNpu,
-    [](Device device) -> std::unique_ptr<DeviceSession> { return std::make_unique<NpuSession>(device); });
+    [](Device device) -> std::unique_ptr<DeviceSession> { return std::make_unique<NpuSession>(device); },
+    {.check_dtype = check_npu_dtype, .has_tiled_caches = is_first_generation_chip});
 
 }  // namespace
 
@@ -187,6 +197,10 @@ void NpuSession::enqueue_launches(Plan& plan) {
     finish_launch();  // this call reports what was thrown; nothing is left for the next
     throw;
   }
+  // A queue that has stopped takes a task without a word and drops it at once.
+  if (!launch_->dropped()) return;
+  const std::optional<Error> error = finish_launch();
+  if (error) throw *error;
 }
 
 uint8_t* NpuSession::workspace(size_t bytes) {

@@ -30,6 +30,19 @@ class NpuLaunch {
     return prepared_ > index;
   }
 
+  /// The task queue took the launches and will not run them: it has stopped.
+  void drop() {
+    fail(Error(ErrorKind::kRuntime,
+               "torch_npu's task queue, which an earlier error has stopped, dropped the step"));
+    const std::lock_guard lock(mutex_);
+    dropped_ = true;
+  }
+
+  bool dropped() {
+    const std::lock_guard lock(mutex_);
+    return dropped_;
+  }
+
   /// Keeps the first error.
   void fail(const Error& error) {
     const std::lock_guard lock(mutex_);
@@ -61,6 +74,7 @@ class NpuLaunch {
   std::condition_variable changed_;
   size_t prepared_ = 0;
   int stages_ = 0;
+  bool dropped_ = false;
   std::optional<Error> error_;
 };
 
@@ -74,8 +88,7 @@ class NpuStage {
 
   ~NpuStage() {
     if (ran_) return;
-    launch_->fail(
-        Error(ErrorKind::kRuntime, "torch_npu's task queue dropped it: an earlier error stopped the queue"));
+    launch_->drop();
     launch_->end_stage();
   }
 

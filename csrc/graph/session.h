@@ -7,6 +7,7 @@
 #include <string>
 
 #include "core/device.h"
+#include "core/dtype.h"
 #include "graph/kernel.h"
 #include "graph/memory_planner.h"
 
@@ -52,8 +53,21 @@ class DeviceSession {
 
 using SessionFactory = std::unique_ptr<DeviceSession> (*)(Device device);
 
-/// Makes a device's own session known; called by a static object of the device's files.
-bool register_session(DeviceType type, SessionFactory factory);
+/// What a kind of device asks of the tensors it is given; asked before anything runs there.
+struct DeviceTraits {
+  void (*check_dtype)(DType dtype) = nullptr;  ///< throws unless it computes in this type
+  bool (*has_tiled_caches)() = nullptr;        ///< see has_tiled_caches() below
+};
+
+/// Makes a device's own session and traits known; called by a static object of the device's files.
+bool register_session(DeviceType type, SessionFactory factory, const DeviceTraits& traits = {});
+
+/// Throws unless the device computes in `dtype`, as far as that is known before a kernel is made.
+void check_dtype(DeviceType type, DType dtype);
+
+/// True if paged caches lie there in tiles of 16 columns, so that callers may describe one by its tiles:
+/// [blocks, kv_heads * head_size / 16, block_size, 16].
+bool has_tiled_caches(DeviceType type);
 
 /// The session of a device: its own kind if it registered one, else one that launches in line.
 std::unique_ptr<DeviceSession> make_session(Device device);

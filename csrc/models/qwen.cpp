@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "core/check.h"
+#include "graph/session.h"
 #include "models/decoder_contract.h"
 #include "models/decoder_parameters.h"
 #include "models/decoder_weights.h"
@@ -22,6 +23,8 @@
 
 namespace modeltorch {
 namespace qwen {
+
+constexpr int64_t kCacheTile = 16;  // columns of a tile
 
 /// Qwen2 and Qwen2.5, dense, paged attention over unpadded tokens (Hugging Face modeling_qwen2.py).
 ///
@@ -47,6 +50,7 @@ class QwenModel : public Model {
   void accept_weights(std::span<const GivenTensor> weights) override;
   int64_t cache_count() const override { return parameters_.shape.layers; }
   void accept_caches(std::span<const GivenTensor> keys, std::span<const GivenTensor> values) override;
+  TensorView cache_view(const GivenTensor& given) const override;
   std::string packed_weight_folder() const override { return parameters_.packed_weight_folder; }
   Device device() const override { return resolved_->device; }
   Graph build_graph() const override;
@@ -56,6 +60,8 @@ class QwenModel : public Model {
 
  private:
   std::vector<LayerPacking> packing_of(std::span<const GivenTensor> weights) const;
+  bool is_described_by_tiles(const GivenTensor& given) const;
+  void check_cache_shape(const GivenTensor& given, const std::string& label) const;
 
   DecoderParameters parameters_;
   const InputOrder& order_;
@@ -80,6 +86,7 @@ void QwenModel::accept_weights(std::span<const GivenTensor> weights) {
   const bool is_bfloat16 = resolved.dtype == DType::kBFloat16;
   check(is_bfloat16 == parameters_.shape.is_bfloat16, "the weights are ", resolved.dtype, ", but isBF16 is ",
         parameters_.shape.is_bfloat16 ? "true" : "false");
+  check_dtype(resolved.device.type, resolved.dtype);
   const int64_t hidden = resolved.sizes.at("hidden");
   check(parameters_.expected_hidden == 0 || parameters_.expected_hidden == hidden, "parameter hiddenSize is ",
         parameters_.expected_hidden, ", but the weights have a hidden size of ", hidden);
@@ -93,31 +100,62 @@ void QwenModel::accept_weights(std::span<const GivenTensor> weights) {
 }
 
 void QwenModel::accept_caches(std::span<const GivenTensor> keys, std::span<const GivenTensor> values) {
-  const DecoderShape& shape = parameters_.shape;
   const DType dtype = resolved_ ? resolved_->dtype : keys[0].view.dtype;
   const Device device = resolved_ ? resolved_->device : keys[0].device;
   check(dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16,
         "key cache 0 must be float32, bfloat16 or float16 as the weights are, got ", keys[0].view);
   check(device.type != DeviceType::kMeta && device.type != DeviceType::kOther,
         "key cache 0 must be on a device with memory, got ", device);
+  check_dtype(device.type, dtype);
+  const TensorView first = cache_view(keys[0]);
   const char* reason = resolved_ ? " as the weights are" : " as key cache 0 is";
   for (const auto& [name, tensors] : {std::pair{"key cache ", keys}, std::pair{"value cache ", values}}) {
     for (size_t layer = 0; layer < tensors.size(); ++layer) {
       const TensorView& view = tensors[layer].view;
-      const bool fits = view.dims.rank() == 4 && view.dims[0] > 0 && view.dims[1] > 0 &&
-                        view.dims[2] == shape.kv_heads && view.dims[3] == shape.head_size;
-      check(fits, name, layer, " must be [blocks, block_size, ", shape.kv_heads, ", ", shape.head_size,
-            "], got ", view);
-      check(view.dims == keys[0].view.dims, name, layer, " must be ", keys[0].view,
+      check_cache_shape(tensors[layer], concat(name, layer));
+      check(cache_view(tensors[layer]).dims == first.dims, name, layer, " must be ", keys[0].view,
             " as key cache 0 is, got ", view);
       check(view.dtype == dtype, name, layer, " must be ", dtype, reason, ", got ", view);
       check_place(tensors[layer], concat(name, layer), device, reason);
     }
   }
-  const Dims& dims = keys[0].view.dims;
-  check(dims[0] * dims[1] <= INT32_MAX, "a cache must have at most ", INT32_MAX,
+  check(first.dims[0] * first.dims[1] <= INT32_MAX, "a cache must have at most ", INT32_MAX,
         " rows, since slots are int32, got ", keys[0].view);
   cache_ = keys[0];
+  cache_->view = first;
+}
+
+bool QwenModel::is_described_by_tiles(const GivenTensor& given) const {
+  const DecoderShape& shape = parameters_.shape;
+  const Dims& dims = given.view.dims;
+  return has_tiled_caches(given.device.type) && dims.rank() == 4 && dims[3] == kCacheTile &&
+         dims[1] * kCacheTile == shape.kv_heads * shape.head_size;
+}
+
+TensorView QwenModel::cache_view(const GivenTensor& given) const {
+  TensorView view = given.view;
+  if (!is_described_by_tiles(given)) return view;
+  view.dims = {view.dims[0], view.dims[2], parameters_.shape.kv_heads, parameters_.shape.head_size};
+  view.format = Format::kPlain;  // the sizes are those of the plain cache; its kernels know how it lies there
+  return view;
+}
+
+void QwenModel::check_cache_shape(const GivenTensor& given, const std::string& label) const {
+  const DecoderShape& shape = parameters_.shape;
+  const Dims dims = cache_view(given).dims;
+  const bool fits = dims.rank() == 4 && dims[0] > 0 && dims[1] > 0 && dims[2] == shape.kv_heads &&
+                    dims[3] == shape.head_size;
+  const std::string tiles = has_tiled_caches(given.device.type)
+                                ? " or, by its tiles, [blocks, kv_heads * head_size / 16, block_size, 16]"
+                                : "";
+  check(fits, label, " must be [blocks, block_size, ", shape.kv_heads, ", ", shape.head_size, "]", tiles,
+        ", got ", given.view);
+  // A tensor that itself knows of tiles has blocks of whole ones.
+  const bool whole = is_described_by_tiles(given) && dims[1] % kCacheTile == 0;
+  check(given.view.format == Format::kPlain || whole, label, " is FRACTAL_NZ, which only a cache ",
+        "[blocks, kv_heads * head_size / 16, block_size, 16] with a block_size that is a multiple of 16 may "
+        "be, ",
+        "on chips that keep caches in tiles, got ", given.view);
 }
 
 Graph QwenModel::build_graph() const {

@@ -30,14 +30,9 @@ aclDataType vendor_dtype(DType dtype) {
 
 // The element type that an operation computes in: that of its first output, or of its first input if it has
 // none.
-DType compute_dtype(const KernelSetup& setup, const NpuSession& session) {
+DType compute_dtype(const KernelSetup& setup) {
   const DType dtype = setup.outputs.empty() ? setup.inputs[0].dtype : setup.outputs[0].dtype;
-  if (dtype != DType::kFloat16 && dtype != DType::kBFloat16) {
-    fail(ErrorKind::kNotImplemented, "Ascend computes in float16 or bfloat16, got ", dtype);
-  }
-  if (dtype == DType::kBFloat16 && session.is_first_generation()) {
-    fail(ErrorKind::kNotImplemented, "this Ascend chip has no bfloat16: load the model as float16");
-  }
+  check_dtype(DeviceType::kNpu, dtype);
   return dtype;
 }
 
@@ -72,7 +67,7 @@ std::string describe(const std::vector<atb::Tensor>& tensors) {
 }  // namespace
 
 NpuKernel::NpuKernel(const KernelSetup& setup)
-    : session_(dynamic_cast<NpuSession&>(*setup.session)), dtype_(compute_dtype(setup, session_)) {}
+    : session_(dynamic_cast<NpuSession&>(*setup.session)), dtype_(compute_dtype(setup)) {}
 
 void NpuKernel::prepare(const KernelArgs& args) {
   empty_ = has_empty_tensor(args);

@@ -44,6 +44,7 @@ TORCH_LIBRARY(ModelTorch, library) {
       .def("set_format_to_nz", &ModelObject::set_format_to_nz)
       .def("execute", &ModelObject::execute)
       .def("execute_out", &ModelObject::execute_out)
+      .def("settle", &ModelObject::settle)
       .def("graph", &ModelObject::graph)
       .def("counters", &ModelObject::counters)
       .def("weight_spec", &ModelObject::weight_spec)

@@ -50,7 +50,7 @@ Model& ModelObject::model() {
 
 // Where launches of the last step are still under way, waits until the host has made them; their error comes
 // here.
-void ModelObject::settle() {
+void ModelObject::settle_last_step() {
   if (!state_.runner || !state_.runner->pending()) return;
   const std::vector<at::Tensor> until_settled = std::move(state_.in_flight);
   state_.in_flight.clear();
@@ -64,7 +64,7 @@ void ModelObject::keep_in_flight(const std::vector<at::Tensor>& tensors) {
 
 int64_t ModelObject::set_param(const std::string& parameters) {
   return guarded("set_param", [&]() -> int64_t {
-    settle();
+    settle_last_step();
     State fresh;
     fresh.model = make_model(model_name_, parameters);
     state_ = std::move(fresh);
@@ -75,7 +75,7 @@ int64_t ModelObject::set_param(const std::string& parameters) {
 
 int64_t ModelObject::set_weight(const std::vector<at::Tensor>& weights) {
   return guarded("set_weight", [&]() -> int64_t {
-    settle();
+    settle_last_step();
     check(static_cast<int64_t>(weights.size()) == model().weight_count(), "the weight list must have ",
           model().weight_count(), " tensors, got ", weights.size());
     const double progress_before = progress_;
@@ -122,7 +122,7 @@ ModelObject::State ModelObject::with_weights(const std::vector<at::Tensor>& weig
 int64_t ModelObject::set_kv_cache(const std::vector<at::Tensor>& keys,
                                   const std::vector<at::Tensor>& values) {
   return guarded("set_kv_cache", [&]() -> int64_t {
-    settle();
+    settle_last_step();
     Model& target = model();
     const auto expected = static_cast<size_t>(target.cache_count());
     check(keys.size() == expected && values.size() == expected, "set_kv_cache takes ", expected, " key and ",
@@ -141,8 +141,8 @@ void ModelObject::bind_caches(State& state) {
   if (!state.runner) return;
   std::vector<TensorView> caches;
   for (size_t layer = 0; layer < state.keys.size(); ++layer) {
-    caches.push_back(describe(state.keys[layer]).view);
-    caches.push_back(describe(state.values[layer]).view);
+    caches.push_back(state.model->cache_view(describe(state.keys[layer])));
+    caches.push_back(state.model->cache_view(describe(state.values[layer])));
   }
   state.runner->bind_caches(std::move(caches));
 }
@@ -165,7 +165,7 @@ void ModelObject::run(const Step& step, const std::vector<at::Tensor>& outputs) 
 std::vector<at::Tensor> ModelObject::execute(const std::vector<at::Tensor>& inputs,
                                              const std::string& parameters) {
   return guarded("execute", [&] {
-    settle();
+    settle_last_step();
     const Step step = prepare(inputs, parameters);
     std::vector<at::Tensor> outputs;
     for (const TensorDesc& desc : model().output_descs(step.info))
@@ -179,7 +179,7 @@ std::vector<at::Tensor> ModelObject::execute(const std::vector<at::Tensor>& inpu
 int64_t ModelObject::execute_out(const std::vector<at::Tensor>& inputs,
                                  const std::vector<at::Tensor>& outputs, const std::string& parameters) {
   return guarded("execute_out", [&]() -> int64_t {
-    settle();
+    settle_last_step();
     const Step step = prepare(inputs, parameters);
     const std::vector<TensorDesc> expected = model().output_descs(step.info);
     check(outputs.size() == expected.size(), "execute_out takes ", expected.size(), " output tensors, got ",
@@ -197,9 +197,16 @@ int64_t ModelObject::execute_out(const std::vector<at::Tensor>& inputs,
   });
 }
 
+int64_t ModelObject::settle() {
+  return guarded("settle", [&]() -> int64_t {
+    settle_last_step();
+    return 0;
+  });
+}
+
 int64_t ModelObject::set_format_to_nz(int64_t slot) {
   return guarded("set_format_to_nz", [&]() -> int64_t {
-    settle();
+    settle_last_step();
     const Model& target = model();
     if (!state_.runner) fail(ErrorKind::kRuntime, "set_weight must come before set_format_to_nz");
     check(slot >= 0 && slot < target.weight_count(), "the slot must be in [0, ", target.weight_count(),

@@ -41,6 +41,10 @@ class ModelObject final : public torch::CustomClassHolder {
   int64_t execute_out(const std::vector<at::Tensor>& inputs, const std::vector<at::Tensor>& outputs,
                       const std::string& parameters);
 
+  /// Waits until the host has launched what the last step left to another thread, and throws, once, what went
+  /// wrong there. It does not wait for the device; where steps launch in line it returns at once.
+  int64_t settle();
+
   /// The nodes, tensors, shapes and memory plan of the last step, as text.
   std::string graph();
 
@@ -75,7 +79,7 @@ class ModelObject final : public torch::CustomClassHolder {
   auto guarded(const char* method, Body&& body);
 
   Model& model();
-  void settle();
+  void settle_last_step();
   State with_weights(const std::vector<at::Tensor>& weights);
   static void bind_caches(State& state);
   Step prepare(const std::vector<at::Tensor>& inputs, const std::string& parameters);

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch_npu  # noqa: F401  torch.npu
-from stand_in import IS_OLD_CHIP, MODE, count, counters
+from stand_in import IS_OLD_CHIP, count, counters, launch_mode
 
 pytest.register_assert_rewrite("pairs")
 
@@ -45,11 +45,22 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
+def list_skipped(terminalreporter):
+    """Every case that this run left out, by the reason."""
+    left_out: dict[str, list[str]] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        left_out.setdefault(reason, []).append(report.nodeid.rsplit("/", 1)[-1])
+    for reason, cases in sorted(left_out.items()):
+        terminalreporter.write_line(f"{len(cases)} left out, {reason}: {', '.join(sorted(cases))}")
+
+
 def pytest_terminal_summary(terminalreporter):
+    list_skipped(terminalreporter)
     totals = counters()
     operations = {name: value for name, value in totals.items() if name.endswith("Operation")}
     listed = ", ".join(f"{name.removesuffix('Operation')} {value}" for name, value in sorted(operations.items()))
     terminalreporter.write_line(
-        f"mode {MODE}: {totals.get('operations', 0)} vendor operations ran ({listed}); "
+        f"{launch_mode()}: {totals.get('operations', 0)} vendor operations ran ({listed}); "
         f"{totals.get('violations', 0)} refused"
     )

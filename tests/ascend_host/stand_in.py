@@ -18,7 +18,10 @@ MODE = os.environ.get("ATB_OPERATION_EXECUTE_ASYNC", "0")
 BLOCKING = os.environ.get("ASCEND_LAUNCH_BLOCKING") == "1"
 """True if execute also waits for the device."""
 
-IN_LINE = MODE == "0" or os.environ.get("TASK_QUEUE_ENABLE") == "0" or BLOCKING
+HAS_QUEUE = os.environ.get("TASK_QUEUE_ENABLE") != "0" and not BLOCKING
+"""True if torch_npu has a task queue."""
+
+IN_LINE = MODE == "0" or not HAS_QUEUE
 """True if execute returns after every launch."""
 
 IS_OLD_CHIP = os.environ.get("ASCEND_HOST_SOC", "").startswith("Ascend310P")
@@ -26,7 +29,8 @@ IS_OLD_CHIP = os.environ.get("ASCEND_HOST_SOC", "").startswith("Ascend310P")
 
 
 def count(name: str) -> int:
-    """A counter: operations, setups, violations, dead_memory, event_waits, or the name of a vendor operation."""
+    """A counter: operations, setups, violations, dead_memory, contexts, event_waits, events_destroyed_early, or the
+    name of a vendor operation."""
     return _LIBRARY.ascend_host_count(name.encode())
 
 
@@ -49,6 +53,19 @@ def pending(fault: str) -> int:
     return _LIBRARY.ascend_host_pending(fault.encode())
 
 
+def launch_mode() -> str:
+    """How this run launches, by what the environment sets, and on which chip."""
+    if BLOCKING:
+        way = "ASCEND_LAUNCH_BLOCKING=1, in line and waiting for every node"
+    elif not HAS_QUEUE:
+        way = "TASK_QUEUE_ENABLE=0, in line without a task queue"
+    else:
+        way = f"ATB_OPERATION_EXECUTE_ASYNC={MODE}"
+    if os.environ.get("PER_STREAM_QUEUE") == "1":
+        way += ", one task queue a stream"
+    return f"{way}, {os.environ.get('ASCEND_HOST_SOC', 'Ascend910B3')}"
+
+
 @contextmanager
 def held_back() -> Iterator[None]:
     """While it lasts, no stream begins another task: everything that was launched waits."""
@@ -61,7 +78,7 @@ def held_back() -> Iterator[None]:
 
 @contextmanager
 def held_calls(*calls: str) -> Iterator[None]:
-    """While it lasts, calls of the vendor's `setup` or `execute` do not return."""
+    """While it lasts, calls of the vendor's `setup` or `execute`, or of the driver's `cast`, do not return."""
     for call in calls:
         _LIBRARY.ascend_host_hold(call.encode(), 1)
     try:

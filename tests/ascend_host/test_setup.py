@@ -65,6 +65,15 @@ def test_a_folder_without_the_library_is_told(home):
     assert f"ATB_HOME_PATH is {home}, but {home}/lib/libatb.so does not exist" in ran.stderr
 
 
+def test_a_library_that_is_none_is_told(home):
+    library = home / "lib" / "libatb.so"
+    for contents, told in ((b"", "is empty"), (b"version https://git-lfs", "is no shared library")):
+        library.write_bytes(contents)
+        ran = set_up(ATB_HOME_PATH=str(home))
+        last = ran.stderr.strip().splitlines()[-1]
+        assert last == f"{library} {told}: install the vendor's transformer library again"
+
+
 def test_another_abi_is_told(home):
     (home / "lib" / "libatb.so").write_bytes(b"\x7fELF _ZN3atb9Operation7GetNameEv Ss")
     ran = set_up(ATB_HOME_PATH=str(home))
@@ -72,11 +81,22 @@ def test_another_abi_is_told(home):
 
 
 def test_a_missing_toolkit_is_told(home):
-    (home / "lib" / "libatb.so").write_bytes(b"NSt7__cxx1112basic_string")
+    (home / "lib" / "libatb.so").write_bytes(b"\x7fELF NSt7__cxx1112basic_string")
     (home / "lib" / "libascendcl.so").unlink()
     ran = set_up(ATB_HOME_PATH=str(home), ASCEND_HOME_PATH=None)
     assert "needs libascendcl.so, looked for in ASCEND_HOME_PATH/lib64" in ran.stderr
 
 
-def test_a_build_without_ascend_asks_for_nothing():
-    assert set_up(MODELTORCH_ASCEND=None, ATB_HOME_PATH=None).returncode == 0
+@pytest.mark.parametrize("value", [None, "", "0", "false"])
+def test_a_build_without_ascend_asks_for_nothing(value):
+    assert set_up(MODELTORCH_ASCEND=value, ATB_HOME_PATH=None).returncode == 0
+
+
+@pytest.mark.parametrize("value", ["1", "true", "TRUE", "on"])
+def test_every_yes_asks_for_ascend(value):
+    assert "needs ATB_HOME_PATH" in set_up(MODELTORCH_ASCEND=value, ATB_HOME_PATH=None).stderr
+
+
+def test_neither_yes_nor_no_is_refused():
+    ran = set_up(MODELTORCH_ASCEND="maybe")
+    assert ran.stderr.strip().splitlines()[-1] == "MODELTORCH_ASCEND must be 1 or 0, got 'maybe'"

@@ -131,7 +131,8 @@ void ascend_host_pause(int32_t paused) {
   control().changed.notify_all();
 }
 
-/// Keeps every call of the vendor's `call` (setup or execute) from returning, or lets them go on.
+/// Keeps every call of the vendor's setup or execute, or of the driver's cast, from returning, or lets them
+/// go on.
 void ascend_host_hold(const char* call, int32_t held) {
   const std::lock_guard lock(control().mutex);
   if (held != 0) {

@@ -12,7 +12,7 @@
 namespace {
 
 constexpr size_t kAlignment = 512;
-constexpr size_t kTotalBytes = size_t{4} << 30;
+constexpr size_t kTotalBytes = size_t{1} << 30;
 constexpr size_t kQuarantineBytes = size_t{128} << 20;
 constexpr int kPoison = 0xff;
 

@@ -31,19 +31,27 @@ struct Matrix {
   int64_t columns;
   size_t element;
   bool tiled;
+  int64_t count;  // matrices, one after the other
 
-  char* at(int64_t row, int64_t column) const {
-    if (!tiled) return data + (row * columns + column) * element;
+  char* at(int64_t matrix, int64_t row, int64_t column) const {
+    if (!tiled) return data + ((matrix * rows + row) * columns + column) * element;
     const int64_t row_tiles = (rows + kTile - 1) / kTile;
-    const int64_t tile = column / kTile * row_tiles + row / kTile;
+    const int64_t column_tiles = (columns + kTile - 1) / kTile;
+    const int64_t tile = (matrix * column_tiles + column / kTile) * row_tiles + row / kTile;
     return data + (tile * kTile * kTile + row % kTile * kTile + column % kTile) * element;
   }
 };
 
 Matrix matrix_of(const aclTensorDesc& desc, void* data) {
   const size_t rank = desc.dims.size();
-  return {static_cast<char*>(data), desc.dims[rank - 2], desc.dims[rank - 1], aclDataTypeSize(desc.dtype),
-          desc.format == ACL_FORMAT_FRACTAL_NZ};
+  int64_t count = 1;
+  for (size_t axis = 0; axis + 2 < rank; ++axis) count *= desc.dims[axis];
+  return {static_cast<char*>(data),
+          desc.dims[rank - 2],
+          desc.dims[rank - 1],
+          aclDataTypeSize(desc.dtype),
+          desc.format == ACL_FORMAT_FRACTAL_NZ,
+          count};
 }
 
 }  // namespace
@@ -115,6 +123,7 @@ aclError aclopCompileAndExecute(const char* name, int inputs, const aclTensorDes
                                 const aclTensorDesc* const output_descs[],
                                 aclDataBuffer* const output_buffers[], const aclopAttr*, aclopEngineType,
                                 aclopCompileType, const char*, aclrtStream stream) {
+  ascend_host::wait_while_held("cast");
   if (std::strcmp(name, "Identity") != 0 || inputs != 1 || outputs != 1 || input_descs[0]->dims.size() < 2) {
     ascend_host::set_message(std::string("the stand-in driver has no operator ") + name);
     return ACL_ERROR_OP_NOT_FOUND;
@@ -123,9 +132,11 @@ aclError aclopCompileAndExecute(const char* name, int inputs, const aclTensorDes
   const Matrix to = matrix_of(*output_descs[0], output_buffers[0]->data);
   ascend_host::count("format_casts");
   ascend_host::enqueue(stream, [from, to]() -> aclError {
-    for (int64_t row = 0; row < from.rows; ++row) {
-      for (int64_t column = 0; column < from.columns; ++column) {
-        std::memcpy(to.at(row, column), from.at(row, column), from.element);
+    for (int64_t matrix = 0; matrix < from.count; ++matrix) {
+      for (int64_t row = 0; row < from.rows; ++row) {
+        for (int64_t column = 0; column < from.columns; ++column) {
+          std::memcpy(to.at(matrix, row, column), from.at(matrix, row, column), from.element);
+        }
       }
     }
     return ACL_SUCCESS;

@@ -85,6 +85,7 @@ struct EventState {
   std::condition_variable changed;
   uint64_t recorded = 0;   // records that were put on a stream
   uint64_t completed = 0;  // the last one that a stream reached
+  int64_t awaited = 0;     // waits that were put on a stream and have not ended
   std::chrono::steady_clock::time_point time;
 };
 using Event = std::shared_ptr<EventState>;
@@ -121,6 +122,7 @@ aclError wait_for(EventState& event, uint64_t record) {
   std::unique_lock lock(event.mutex);
   const bool reached =
       event.changed.wait_for(lock, kEventPatience, [&] { return event.completed >= record; });
+  --event.awaited;
   return reached ? ACL_SUCCESS : ACL_ERROR_RT_EVENT_SYNC_TIMEOUT;
 }
 
@@ -200,6 +202,10 @@ aclError aclrtCreateEventWithFlag(aclrtEvent* event, uint32_t flag) {
 }
 
 aclError aclrtDestroyEvent(aclrtEvent event) {
+  {
+    const std::lock_guard lock(event_of(event)->mutex);
+    if (event_of(event)->awaited > 0) ascend_host::count("events_destroyed_early");
+  }
   delete static_cast<Event*>(event);
   return ACL_SUCCESS;
 }
@@ -231,10 +237,12 @@ aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent handle) {
   {
     const std::lock_guard lock(event->mutex);
     record = event->recorded;
+    ++event->awaited;
   }
   const aclError injected = ascend_host::take_fault("event_timeout", ACL_ERROR_RT_EVENT_SYNC_TIMEOUT);
   ascend_host::enqueue(stream, [event, record, injected]() -> aclError {
-    return injected != ACL_SUCCESS ? injected : wait_for(*event, record);
+    const aclError code = wait_for(*event, record);
+    return injected != ACL_SUCCESS ? injected : code;
   });
   return ACL_SUCCESS;
 }
@@ -249,6 +257,7 @@ aclError aclrtSynchronizeEvent(aclrtEvent handle) {
   {
     const std::lock_guard lock(event->mutex);
     record = event->recorded;
+    ++event->awaited;
   }
   return wait_for(*event, record);
 }

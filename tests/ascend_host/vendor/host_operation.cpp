@@ -2,6 +2,7 @@
 
 #include <atb/utils.h>
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 
@@ -82,10 +83,16 @@ bool same(const atb::SVector<atb::Tensor>& a, const atb::SVector<atb::Tensor>& b
   return true;
 }
 
-// What the operation asks for: it depends on the sizes, so that a workspace must grow with them.
+// What the operation asks for: it depends on the sizes of what it makes, so that a workspace must grow with
+// them.
 uint64_t workspace_for(const atb::VariantPack& tensors) {
   uint64_t bytes = 512;
-  for (const atb::Tensor& tensor : tensors.outTensors) bytes += tensor.dataSize;
+  for (const atb::Tensor& output : tensors.outTensors) {
+    const bool in_place =
+        std::any_of(tensors.inTensors.begin(), tensors.inTensors.end(),
+                    [&](const atb::Tensor& input) { return input.deviceData == output.deviceData; });
+    if (!in_place) bytes += output.dataSize;
+  }
   return bytes;
 }
 
