@@ -222,7 +222,8 @@ def test_an_accelerator_is_named_and_waited_for_before_and_after_what_is_timed(m
     device = SimpleNamespace(type=kind)  # no torch.device: a torch without torch_npu knows no "npu"
     module = SimpleNamespace(synchronize=lambda of: done.append(of), get_device_name=lambda of: f"{of.type} 9000")
     monkeypatch.setattr(torch, kind, module, raising=False)
-    assert bench.hardware(device) == f"{kind} 9000"
+    monkeypatch.setattr(bench, "_driver", lambda: "580.1")
+    assert bench.hardware(device) == f"{kind} 9000" + (", driver 580.1" if kind == "cuda" else "")
     bench._seconds(device, lambda: done.append("body"))
     assert done == [device, "body", device]
 

@@ -19,9 +19,10 @@ def test_operation_equals_float64(case: Case, dtype: torch.dtype, device: str) -
     check(case, dtype, device)
 
 
-@pytest.mark.parametrize("device", [device for device in DEVICES if device == "cuda"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", FUSED_CASES, ids=str)
+FUSED = [(case, dtype, "cuda") for case in FUSED_CASES for dtype in DTYPES if "cuda" in DEVICES]
+
+
+@pytest.mark.parametrize(("case", "dtype", "device"), FUSED, ids=str)
 def test_fused_operation_equals_float64(case: Case, dtype: torch.dtype, device: str) -> None:
     check(case, dtype, device)
 
