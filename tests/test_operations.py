@@ -19,11 +19,12 @@ def test_operation_equals_float64(case: Case, dtype: torch.dtype, device: str) -
     check(case, dtype, device)
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"), [(case, dtype) for case in FUSED_CASES for dtype in DTYPES if "cuda" in DEVICES], ids=str
-)
-def test_fused_operation_equals_float64(case: Case, dtype: torch.dtype) -> None:
-    check(case, dtype, "cuda")
+FUSED = [(case, dtype, "cuda") for case in FUSED_CASES for dtype in DTYPES if "cuda" in DEVICES]
+
+
+@pytest.mark.parametrize(("case", "dtype", "device"), FUSED, ids=str)
+def test_fused_operation_equals_float64(case: Case, dtype: torch.dtype, device: str) -> None:
+    check(case, dtype, device)
 
 
 def check(case: Case, dtype: torch.dtype, device: str) -> None:
