@@ -27,7 +27,7 @@ test: $(VENV)/.built test-cpp  ## the tests: C++ without torch, then Python
 
 test-all: $(VENV)/.built sanitize  ## the long runs: ten times the random cases, every processor level
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest
-	for level in generic avx2; do MODELTORCH_CPU_LEVEL=$$level $(BIN)/python -m pytest || exit 1; done
+	for level in generic avx2 avx512; do MODELTORCH_CPU_LEVEL=$$level $(BIN)/python -m pytest || exit 1; done
 
 test-cpp: $(VENV)/.installed
 	PYTHON=$(BIN)/python tests/cpp/run.sh plain

@@ -24,6 +24,111 @@
 namespace modeltorch {
 namespace qwen {
 
+/// Builds the graph of one step: the inputs, the layers, the head.
+class QwenGraph {
+ public:
+  QwenGraph(const DecoderParameters& parameters, const std::vector<WeightSpec>& specs)
+      : parameters_(parameters), shape_(parameters.shape) {
+    for (const WeightSpec& spec : specs) {
+      weights_[spec.name] = graph_.weight(spec.name, static_cast<int32_t>(spec.slot));
+    }
+  }
+
+  Graph build();
+
+ private:
+  Value input(DecoderInput which, const char* name) {
+    return graph_.input(name, static_cast<int32_t>(which));
+  }
+
+  LinearWeight part(const std::string& name, bool transposed) const {
+    const auto bias = weights_.find(name + ".bias");
+    return {weights_.at(name + ".weight"), bias == weights_.end() ? Value{} : bias->second, transposed};
+  }
+
+  Value attention(Value hidden, int64_t layer);
+  Value mlp(Value hidden, int64_t layer);
+
+  const DecoderParameters& parameters_;
+  const DecoderShape& shape_;
+  GraphBuilder graph_;
+  std::map<std::string, Value> weights_;
+  Value cos_, sin_, slots_, seq_len_, block_tables_;
+};
+
+/// hidden + o(attention(rope(qkv(norm(hidden)))))
+///
+/// | tensor | shape       | note                                                     |
+/// |--------|-------------|----------------------------------------------------------|
+/// | hidden | [n, hidden] |                                                          |
+/// | caches |             | the keys and values of the step are written at its slots |
+Value QwenGraph::attention(Value hidden, int64_t layer) {
+  const GraphBuilder::Scope scope(graph_, "attn");
+  const LayerPacking& packing = parameters_.packing[layer];
+  const bool (&transposed)[7] = packing.transposed;
+  const std::string prefix = "layers." + std::to_string(layer) + ".";
+  const std::string name = prefix + "attn.";
+  const Value normed = rms_norm(graph_, hidden, weights_.at(name + "norm.weight"), parameters_.epsilon);
+  const Value qkv = linear(graph_, "qkv", normed,
+                           packing.qkv_packed
+                               ? std::vector{part(name + "qkv", transposed[0])}
+                               : std::vector{part(name + "q", transposed[0]), part(name + "k", transposed[1]),
+                                             part(name + "v", transposed[2])});
+  const QkvHeads heads = split_qkv(graph_, qkv, shape_.heads, shape_.kv_heads, shape_.head_size);
+  const RotatedHeads rotated = rope(graph_, heads.q, heads.k, cos_, sin_);
+  const Value k_cache = graph_.cache(prefix + "k_cache", static_cast<int32_t>(2 * layer));
+  const Value v_cache = graph_.cache(prefix + "v_cache", static_cast<int32_t>(2 * layer + 1));
+  reshape_and_cache(graph_, rotated.k, heads.v, k_cache, v_cache, slots_);
+  const AttentionShape shape{.heads = shape_.heads,
+                             .kv_heads = shape_.kv_heads,
+                             .head_size = shape_.head_size,
+                             .scale = 1.0f / std::sqrt(static_cast<float>(shape_.head_size))};
+  const Value attended =
+      parameters_.is_prefill
+          ? self_attention(graph_, rotated.q, rotated.k, heads.v, seq_len_, shape)
+          : paged_attention(graph_, rotated.q, k_cache, v_cache, block_tables_, seq_len_, shape);
+  return add(graph_, hidden, linear(graph_, "o", attended, {part(name + "o", transposed[3])}));
+}
+
+/// hidden + down(swiglu(gate_up(norm(hidden)))), hidden [n, hidden].
+Value QwenGraph::mlp(Value hidden, int64_t layer) {
+  const GraphBuilder::Scope scope(graph_, "mlp");
+  const LayerPacking& packing = parameters_.packing[layer];
+  const bool (&transposed)[7] = packing.transposed;
+  const std::string name = "layers." + std::to_string(layer) + ".mlp.";
+  const Value normed = rms_norm(graph_, hidden, weights_.at(name + "norm.weight"), parameters_.epsilon);
+  const Value gate_up = linear(graph_, "gate_up", normed,
+                               packing.gate_up_packed ? std::vector{part(name + "gate_up", transposed[4])}
+                                                      : std::vector{part(name + "gate", transposed[4]),
+                                                                    part(name + "up", transposed[5])});
+  const Value activated = swiglu(graph_, gate_up);
+  return add(graph_, hidden, linear(graph_, "down", activated, {part(name + "down", transposed[6])}));
+}
+
+Graph QwenGraph::build() {
+  const Value ids = input(DecoderInput::kIds, "input_ids");
+  const Value positions = input(DecoderInput::kPositions, "position_ids");
+  slots_ = graph_.input("slots", static_cast<int32_t>(DecoderInput::kSlots), -1);
+  if (!parameters_.is_prefill) graph_.allow_padding();
+  seq_len_ = input(DecoderInput::kSeqLen, "seq_len");
+  Value hidden =
+      shape_.has_embedding ? gather_rows(graph_, "embedding", weights_.at("embedding.weight"), ids) : ids;
+  cos_ = gather_rows(graph_, "cos", input(DecoderInput::kCosTable, "cos_table"), positions);
+  sin_ = gather_rows(graph_, "sin", input(DecoderInput::kSinTable, "sin_table"), positions);
+  if (!parameters_.is_prefill) block_tables_ = input(DecoderInput::kBlockTables, "block_tables");
+  for (int64_t layer = 0; layer < shape_.layers; ++layer) {
+    const GraphBuilder::Scope scope(graph_, "layers." + std::to_string(layer));
+    hidden = mlp(attention(hidden, layer), layer);
+  }
+  if (parameters_.is_prefill) {
+    hidden = gather_rows(graph_, "logit_rows", hidden, input(DecoderInput::kLogitsIndices, "logits_indices"));
+  }
+  const Value normed = rms_norm(graph_, hidden, weights_.at("final_norm.weight"), parameters_.epsilon);
+  graph_.mark_output(linear(graph_, "lm_head", normed, {part("lm_head", shape_.head_transposed)}), "logits",
+                     0);
+  return graph_.finish();
+}
+
 constexpr int64_t kCacheTile = 16;  // columns of a tile
 
 /// Qwen2 and Qwen2.5, dense, paged attention over unpadded tokens (Hugging Face modeling_qwen2.py).
@@ -159,78 +264,7 @@ void QwenModel::check_cache_shape(const GivenTensor& given, const std::string& l
 }
 
 Graph QwenModel::build_graph() const {
-  const DecoderShape& shape = parameters_.shape;
-  const AttentionShape attention{.heads = shape.heads,
-                                 .kv_heads = shape.kv_heads,
-                                 .head_size = shape.head_size,
-                                 .scale = 1.0f / std::sqrt(static_cast<float>(shape.head_size))};
-  GraphBuilder graph;
-  const auto input = [&](DecoderInput which, const char* name) {
-    return graph.input(name, static_cast<int32_t>(which));
-  };
-  const Value ids = input(DecoderInput::kIds, "input_ids");
-  const Value positions = input(DecoderInput::kPositions, "position_ids");
-  const Value slots = graph.input("slots", static_cast<int32_t>(DecoderInput::kSlots), -1);
-  if (!parameters_.is_prefill) graph.allow_padding();
-  const Value seq_len = input(DecoderInput::kSeqLen, "seq_len");
-  std::map<std::string, Value> weights;
-  for (const WeightSpec& spec : weight_specs()) {
-    weights[spec.name] = graph.weight(spec.name, static_cast<int32_t>(spec.slot));
-  }
-  const auto part = [&](const std::string& name, bool transposed) {
-    const auto bias = weights.find(name + ".bias");
-    return LinearWeight{weights.at(name + ".weight"), bias == weights.end() ? Value{} : bias->second,
-                        transposed};
-  };
-
-  Value hidden =
-      shape.has_embedding ? gather_rows(graph, "embedding", weights.at("embedding.weight"), ids) : ids;
-  const Value cos = gather_rows(graph, "cos", input(DecoderInput::kCosTable, "cos_table"), positions);
-  const Value sin = gather_rows(graph, "sin", input(DecoderInput::kSinTable, "sin_table"), positions);
-  const Value block_tables =
-      parameters_.is_prefill ? Value{} : input(DecoderInput::kBlockTables, "block_tables");
-  for (int64_t layer = 0; layer < shape.layers; ++layer) {
-    const std::string prefix = "layers." + std::to_string(layer) + ".";
-    const LayerPacking& packing = parameters_.packing[layer];
-    const bool (&transposed)[7] = packing.transposed;
-    const GraphBuilder::Scope layer_scope(graph, "layers." + std::to_string(layer));
-    {
-      const GraphBuilder::Scope scope(graph, "attn");
-      const std::string attn = prefix + "attn.";
-      const Value normed = rms_norm(graph, hidden, weights.at(attn + "norm.weight"), parameters_.epsilon);
-      const Value qkv = linear(
-          graph, "qkv", normed,
-          packing.qkv_packed ? std::vector{part(attn + "qkv", transposed[0])}
-                             : std::vector{part(attn + "q", transposed[0]), part(attn + "k", transposed[1]),
-                                           part(attn + "v", transposed[2])});
-      const QkvHeads heads = split_qkv(graph, qkv, shape.heads, shape.kv_heads, shape.head_size);
-      const RotatedHeads rotated = rope(graph, heads.q, heads.k, cos, sin);
-      const Value k_cache = graph.cache(prefix + "k_cache", static_cast<int32_t>(2 * layer));
-      const Value v_cache = graph.cache(prefix + "v_cache", static_cast<int32_t>(2 * layer + 1));
-      reshape_and_cache(graph, rotated.k, heads.v, k_cache, v_cache, slots);
-      const Value attended =
-          parameters_.is_prefill
-              ? self_attention(graph, rotated.q, rotated.k, heads.v, seq_len, attention)
-              : paged_attention(graph, rotated.q, k_cache, v_cache, block_tables, seq_len, attention);
-      hidden = add(graph, hidden, linear(graph, "o", attended, {part(attn + "o", transposed[3])}));
-    }
-    const GraphBuilder::Scope scope(graph, "mlp");
-    const std::string mlp = prefix + "mlp.";
-    const Value normed = rms_norm(graph, hidden, weights.at(mlp + "norm.weight"), parameters_.epsilon);
-    const Value gate_up = linear(graph, "gate_up", normed,
-                                 packing.gate_up_packed ? std::vector{part(mlp + "gate_up", transposed[4])}
-                                                        : std::vector{part(mlp + "gate", transposed[4]),
-                                                                      part(mlp + "up", transposed[5])});
-    const Value activated = swiglu(graph, gate_up);
-    hidden = add(graph, hidden, linear(graph, "down", activated, {part(mlp + "down", transposed[6])}));
-  }
-  if (parameters_.is_prefill) {
-    hidden = gather_rows(graph, "logit_rows", hidden, input(DecoderInput::kLogitsIndices, "logits_indices"));
-  }
-  const Value normed = rms_norm(graph, hidden, weights.at("final_norm.weight"), parameters_.epsilon);
-  const Value logits = linear(graph, "lm_head", normed, {part("lm_head", shape.head_transposed)});
-  graph.mark_output(logits, "logits", 0);
-  return graph.finish();
+  return QwenGraph(parameters_, weight_specs()).build();
 }
 
 Step QwenModel::prepare(std::span<const GivenTensor> inputs, const nlohmann::json& parameters) const {
