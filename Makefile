@@ -101,8 +101,7 @@ $(ASCEND_VENV)/.installed: tests/ascend_host/requirements.txt
 	$(ASCEND_BIN)/pip install --quiet -r $<
 	touch $@
 
-# Installed by the line of docs/ascend.md, from a copy of the sources: the library of this tree is another. Objects are
-# kept between builds.
+# Installed by the line of docs/ascend.md, from a copy of the sources: the library of this tree is another.
 $(ASCEND_VENV)/.built: $(ASCEND_VENV)/.installed $(SOURCES) pyproject.toml $(wildcard modeltorch/*.py) \
     $(shell find tests/ascend_host -name '*.cpp' -o -name '*.h' -o -name '*.map') tests/ascend_host/Makefile
 	$(MAKE) -f tests/ascend_host/Makefile PYTHON=$(ASCEND_BIN)/python
@@ -110,9 +109,8 @@ $(ASCEND_VENV)/.built: $(ASCEND_VENV)/.installed $(SOURCES) pyproject.toml $(wil
 	mkdir -p $(ASCEND_HOST)/source
 	tar -cf - --exclude='*.so' --exclude=__pycache__ csrc modeltorch setup.py pyproject.toml README.md LICENSE | \
 	    tar -xf - -C $(ASCEND_HOST)/source
-	printf '[build_ext]\nbuild_temp = $(ASCEND_HOST)/python\n' > $(ASCEND_HOST)/build.cfg
 	cd $(ASCEND_HOST)/source && env $(ASCEND_ENV) PATH="$(CURDIR)/$(ASCEND_BIN):$$PATH" MODELTORCH_CUDA=0 \
-	    DIST_EXTRA_CONFIG=$(ASCEND_HOST)/build.cfg MODELTORCH_ASCEND=1 pip install --no-build-isolation -e .
+	    MODELTORCH_ASCEND=1 pip install --no-build-isolation -e .
 	touch $@
 
 clean:
