@@ -77,7 +77,8 @@ class FlashQwen2ForCausalLM:
 
     Attributes:
         acl_encoder_operation, acl_decoder_operation: the prefill and the decode object.
-        ascend_weight: the weight list that both hold, in slot order.
+        ascend_weight: the weight list that init_ascend_weight gave to both, in slot order; from_pretrained drops it,
+            since the objects hold what they need, packed where that is faster.
         cache: the paged cache that generate and compute_logits use; made at first use.
     """
 
@@ -137,6 +138,7 @@ class FlashQwen2ForCausalLM:
         self.cos_table, self.sin_table = cos.to(self.device), sin.to(self.device)
         self.placeholder = torch.ones(1, dtype=self.dtype).to(self.device)
         self.ascend_weight: list[torch.Tensor] = []
+        self._has_weights = False
         self._weights = weights
         self._packed_folder = packed_folder
         self._bound_cache: list[torch.Tensor] = []
@@ -194,6 +196,7 @@ class FlashQwen2ForCausalLM:
             packed_folder=folder.resolve() / ".modeltorch" if cache_packed else None,
         )
         model.init_ascend_weight()
+        model.ascend_weight = []
         return model
 
     # ---- the helpers of a step ------------------------------------------------------------------------------
@@ -291,6 +294,7 @@ class FlashQwen2ForCausalLM:
         with _packing_shown(self.acl_encoder_operation.progress):
             self.acl_encoder_operation.set_weight(self.ascend_weight)
         self.acl_decoder_operation.set_weight(self.ascend_weight)  # shares what the first has packed
+        self._has_weights = True
 
     def init_kvcache(self, kv_cache: KvCache) -> None:
         """Hands the caches to both objects, unless they hold these very tensors already.
@@ -412,7 +416,7 @@ class FlashQwen2ForCausalLM:
         Raises:
             ValueError: inputs that do not fit each other, named with expected and given.
         """
-        if not self.ascend_weight:
+        if not self._has_weights:
             self.init_ascend_weight()
         self.init_kvcache(kv_cache)
         acl_inputs, acl_param = self.prepare_inputs_for_ascend(
