@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any, TypeGuard
 
+import torch
+
 from modeltorch.paged_cache import GIB, available_memory
 
 _MANY = 2**31 - 1
@@ -98,3 +100,26 @@ def check_config(config: Any) -> None:
     if not _is_number(epsilon) or not 0 < epsilon < 1:
         raise ValueError(f"rms_norm_eps must be a number above 0 and below 1, got {epsilon!r}")
     rope_settings(config)
+
+
+def rope_tables(config: Any, head_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of every position, the two halves of a row being equal (docs/contract.md, "Inputs").
+
+    Args:
+        config: a Qwen2 configuration; `rope_theta` and scaling are read in the old and the new spelling.
+        head_size: the size of a head, even.
+        dtype: the dtype of the result; the tables are computed in float32.
+
+    Returns:
+        cos and sin, both [max_position_embeddings, head_size].
+
+    Raises:
+        NotImplementedError: rope scaling other than linear.
+        ValueError: a value that is not a number, or out of range.
+    """
+    theta, factor = rope_settings(config)
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
+    inv_freq = (1.0 / theta**exponents) / factor
+    angles = torch.arange(config.max_position_embeddings, dtype=torch.float32).unsqueeze(1) * inv_freq
+    angles = torch.cat([angles, angles], dim=1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -8,50 +8,26 @@ compute_logits need no knowledge of steps.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import operator
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from modeltorch import checkpoint
-from modeltorch.configuration import check_config, rope_settings
+from modeltorch.configuration import check_config, rope_tables
 from modeltorch.engine import Engine, Generation, Request
 from modeltorch.paged_cache import DEFAULT_BLOCK_SIZE, PagedCache, free_memory
 from modeltorch.sampling import Sampling
+from modeltorch.weight_list import packing_shown, weight_list
 
 KvCache = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_POLL_SECONDS = 0.1  # between two looks at how far packing is
 _MIXED = 4  # packQuantType MIX_W8A8: with float linears it says only that q, k, v and gate, up are separate
-
-
-def rope_tables(config: Any, head_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of every position, the two halves of a row being equal (docs/contract.md, "Inputs").
-
-    Args:
-        config: a Qwen2 configuration; `rope_theta` and scaling are read in the old and the new spelling.
-        head_size: the size of a head, even.
-        dtype: the dtype of the result; the tables are computed in float32.
-
-    Returns:
-        cos and sin, both [max_position_embeddings, head_size].
-
-    Raises:
-        NotImplementedError: rope scaling other than linear.
-        ValueError: a value that is not a number, or out of range.
-    """
-    theta, factor = rope_settings(config)
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
-    inv_freq = (1.0 / theta**exponents) / factor
-    angles = torch.arange(config.max_position_embeddings, dtype=torch.float32).unsqueeze(1) * inv_freq
-    angles = torch.cat([angles, angles], dim=1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def _checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -236,62 +212,22 @@ class FlashQwen2ForCausalLM:
         Raises:
             ValueError: the checkpoint lacks a tensor.
         """
-        specs = json.loads(self.acl_encoder_operation.weight_spec())
-        unused = torch.zeros(1, dtype=torch.float16)
-        weights = [unused] * (specs[-1]["slot"] + 1)
-        for spec in _with_progress(specs):
-            name = spec["checkpoint"]
-            if name == "lm_head.weight" and self._is_tied():
-                weights[spec["slot"]] = weights[0]
-                continue
-            if name not in self._weights:
-                raise ValueError(f"the checkpoint lacks the tensor {name}")
-            tensor = self._weights[name]
-            self._check_shape(name, tensor, spec["shape"])
-            weights[spec["slot"]] = tensor.to(self.dtype).to(self.device)
-        if self.device.type == "cuda":
-            self._put_side_by_side(weights, specs)
-        if isinstance(self._weights, checkpoint.SafetensorsWeights):
-            self._weights.close()
-        return weights
-
-    def _put_side_by_side(self, weights: list[torch.Tensor], specs: list[dict[str, Any]]) -> None:
-        """Lays the parts of a linear (q, k, v; gate, up) behind each other in memory: the GPU multiplies them as one.
-
-        Each stays a tensor of its own, a view. Nothing is packed elsewhere: the CPU packs while it loads.
-        """
-        slots = {spec["name"]: spec["slot"] for spec in specs}
-        for layer in range(self.num_layers):
-            for group in (("attn.q", "attn.k", "attn.v"), ("mlp.gate", "mlp.up")):
-                for kind in ("weight", "bias"):
-                    names = [f"layers.{layer}.{part}.{kind}" for part in group]
-                    if not all(name in slots for name in names):
-                        continue
-                    parts = [weights[slots[name]] for name in names]
-                    views = torch.split(torch.cat(parts), [part.shape[0] for part in parts])
-                    for name, view in zip(names, views, strict=True):
-                        weights[slots[name]] = view
-
-    def _check_shape(self, name: str, tensor: torch.Tensor, shape: list[int | str]) -> None:
-        """Compares a tensor with the configuration, which the step objects never see.
-
-        Raises:
-            ValueError: it has another shape.
-        """
         sizes = {
             "hidden": self.hidden_size,
             "intermediate": self.config.intermediate_size,
             "vocab": self.vocab_size,
             "vocab or vocab + 1": self.vocab_size,
         }
-        expected = [sizes[size] if isinstance(size, str) else size for size in shape]
-        if list(tensor.shape) != expected:
-            raise ValueError(f"{name} must be {expected} by the checkpoint's configuration, got {list(tensor.shape)}")
+        specs = json.loads(self.acl_encoder_operation.weight_spec())
+        weights = weight_list(specs, self._weights, sizes, self._is_tied(), self.dtype, self.device)
+        if isinstance(self._weights, checkpoint.SafetensorsWeights):
+            self._weights.close()
+        return weights
 
     def init_ascend_weight(self) -> None:
         """Hands the weight list to both objects and keeps it."""
         self.ascend_weight = self.get_weights()
-        with _packing_shown(self.acl_encoder_operation.progress):
+        with packing_shown(self.acl_encoder_operation.progress):
             self.acl_encoder_operation.set_weight(self.ascend_weight)
         self.acl_decoder_operation.set_weight(self.ascend_weight)  # shares what the first has packed
         self._has_weights = True
@@ -577,39 +513,3 @@ def _token_id(token: Any) -> int:
         return operator.index(token)
     except TypeError:
         raise TypeError(f"token ids must be whole numbers, got {token!r}") from None
-
-
-def _with_progress(specs: list[dict[str, Any]]) -> Any:
-    """The weights to load, with a progress bar on a terminal where tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return specs
-    return tqdm(specs, desc="weights", unit="tensor", disable=None, leave=False)
-
-
-@contextlib.contextmanager
-def _packing_shown(progress: Callable[[], float]) -> Iterator[None]:
-    """A second bar, for as long as an object packs its weights; `progress` tells the part that is done."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield
-        return
-    with tqdm(total=100, desc="packing", unit="%", disable=None, leave=False) as bar:
-        if bar.disable:
-            yield
-            return
-        done = threading.Event()
-
-        def show() -> None:
-            while not done.wait(_POLL_SECONDS):
-                bar.update(round(100 * progress()) - bar.n)
-
-        watcher = threading.Thread(target=show, name="packing", daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            done.set()
-            watcher.join()

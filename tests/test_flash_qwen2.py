@@ -12,7 +12,8 @@ from reference import relative_error
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM, rope_tables
+from modeltorch.configuration import rope_tables
+from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from reference import Shape, random_model
 
-from modeltorch import cli, flash_causal_qwen2
+from modeltorch import cli, weight_list
 from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
 
 SHAPE = Shape(tied=True, vocab=152)
@@ -301,7 +301,7 @@ class Bar:
 
 def test_packing_shows_in_a_bar_of_its_own(monkeypatch):
     monkeypatch.setattr("tqdm.tqdm", Bar)
-    monkeypatch.setattr(flash_causal_qwen2, "_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(weight_list, "_POLL_SECONDS", 0.001)
     Bar.made = []
     parts = iter([0.0, 0.25, 0.5, 1.0])
     last = 0.0
@@ -311,7 +311,7 @@ def test_packing_shows_in_a_bar_of_its_own(monkeypatch):
         last = next(parts, last)
         return last
 
-    with flash_causal_qwen2._packing_shown(progress):
+    with weight_list.packing_shown(progress):
         deadline = time.monotonic() + 30
         while Bar.made[0].n < 100 and time.monotonic() < deadline:
             time.sleep(0.001)
