@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from modeltorch.configuration import rope_tables
 from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
+from modeltorch.weight_list import _put_side_by_side
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -343,3 +345,27 @@ def test_warming_up_makes_the_plans_of_later_steps_and_leaves_the_cache_alone(mo
     assert all((key == 5.0).all() and (value == 6.0).all() for key, value in model.cache.pairs)
     with pytest.raises(ValueError, match="at least 1"):
         model.warm_up(batch_sizes=[0])
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_parts_of_a_linear_can_be_laid_behind_each_other(has_bias):
+    names = ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down"]
+    rows = dict(zip(names, (8, 4, 4, 6, 10, 10, 6), strict=True))
+    slots: dict[str, int] = {}
+    weights: list[torch.Tensor] = []
+    for layer in range(2):
+        for name in names:
+            slots[f"layers.{layer}.{name}.weight"] = len(weights)
+            weights.append(torch.randn(rows[name], 6))
+            if has_bias and name in ("attn.q", "attn.k", "attn.v"):
+                slots[f"layers.{layer}.{name}.bias"] = len(weights)
+                weights.append(torch.randn(rows[name]))
+    before = [weight.clone() for weight in weights]
+    _put_side_by_side(weights, slots)
+    assert all(torch.equal(new, old) for new, old in zip(weights, before, strict=True))
+    for layer in range(2):
+        for group in (names[:3], names[4:6]):
+            for kind in ("weight", "bias") if has_bias and group[0] == "attn.q" else ("weight",):
+                parts = [weights[slots[f"layers.{layer}.{name}.{kind}"]] for name in group]
+                for part, following in itertools.pairwise(parts):
+                    assert part.data_ptr() + part.nbytes == following.data_ptr()
