@@ -40,12 +40,6 @@ const CudaHost& cuda_host() {
   return installed_host;
 }
 
-void check_cuda(cudaError_t code, const char* call) {
-  if (code == cudaSuccess) return;
-  cudaGetLastError();  // an error that is no longer news must not be found by the next check
-  fail(ErrorKind::kRuntime, call, ": ", cudaGetErrorString(code));
-}
-
 CudaSession& cuda_session(const KernelSetup& setup) {
   return dynamic_cast<CudaSession&>(*setup.session);
 }

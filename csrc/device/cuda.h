@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/dtype.h"
+#include "device/cuda_check.h"
 #include "device/cuda_gemm.h"
 #include "graph/plan.h"
 #include "graph/session.h"
@@ -37,9 +38,6 @@ struct CudaHost {
 
 void set_cuda_host(const CudaHost& host);
 const CudaHost& cuda_host();
-
-/// Throws a runtime error that names the call and what the driver says of it, unless `code` is 0.
-void check_cuda(cudaError_t code, const char* call);
 
 /// What a kernel found outside its range, and therefore did not touch. A kernel sets the flag of the kind to
 /// something other than 0.

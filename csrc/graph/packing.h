@@ -14,7 +14,7 @@
 namespace modeltorch {
 
 /// Weights of one node in the form that a device's kernel reads. Made once, shared by every object that was
-/// given the same tensors.
+/// given equal tensors.
 class PackedWeight {
  public:
   virtual ~PackedWeight() = default;

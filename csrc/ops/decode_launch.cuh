@@ -6,13 +6,9 @@
 
 #include <cstddef>
 
-#include "core/check.h"
+#include "device/cuda_check.h"
 
 namespace modeltorch {
-
-inline void check_cuda(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) fail(ErrorKind::kRuntime, what, ": ", cudaGetErrorString(status));
-}
 
 /// What a launch must know of the current device.
 struct DecodeDevice {
