@@ -27,17 +27,6 @@ _WARM_UP_STEPS = 8
 _STEPS_PER_SAMPLE = 8  # timed steps between two samples of the machine's read rate
 _STEPS_PER_WAIT = 32  # on a GPU, steps that are timed together: the host waits for the last of them alone
 
-
-@cache
-def _driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        run = subprocess.run(query, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return "unknown"
-    return run.stdout.strip().splitlines()[0] if run.stdout.strip() else "unknown"
-
-
 PROMPT_LENGTHS, PREFILL_BATCHES = (128, 512), (1, 8)
 CONTEXTS, DECODE_BATCHES = (128, 2048), (1, 8)
 REQUESTS, REQUEST_PROMPT, REQUEST_NEW_TOKENS = 256, (64, 512), 128
@@ -47,6 +36,16 @@ REQUESTS, REQUEST_PROMPT, REQUEST_NEW_TOKENS = 256, (64, 512), 128
 def _accelerator(device: torch.device) -> Any | None:
     """The module of torch for a device beside the processor (torch.cuda, torch.npu); None for the processor."""
     return None if device.type == "cpu" else getattr(torch, device.type)
+
+
+@cache
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(query, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return run.stdout.strip().splitlines()[0] if run.stdout.strip() else "unknown"
 
 
 def hardware(device: torch.device) -> str:
@@ -296,22 +295,26 @@ class Workload:
     tokens: int
     run: Callable[[], Iterator[Result]]
 
-    def exceeds_positions(self, model: FlashQwen2ForCausalLM) -> str:
-        """Why its sequences are too long for a model; empty where they are not."""
-        if self.tokens <= model.max_positions:
-            return ""
-        return f"{self.name}: sequences of {self.tokens} tokens exceed the model's {model.max_positions} positions"
+    def fits(self, model: FlashQwen2ForCausalLM, asked_length: bool, asked_size: bool) -> bool:
+        """Whether a model has room for it.
 
-    def exceeds_cache(self, model: FlashQwen2ForCausalLM) -> str:
-        """Why they are too many for the cache; empty where they are not."""
+        Raises:
+            ValueError: it has not, and what is too large for it was asked for.
+        """
+        if self.tokens > model.max_positions:
+            if asked_length:
+                raise ValueError(
+                    f"{self.name}: sequences of {self.tokens} tokens exceed the model's {model.max_positions} positions"
+                )
+            return False
         cache = model.cache
         needed = self.batch * cache.blocks_needed(self.tokens)
-        if needed <= cache.num_blocks:
-            return ""
-        return (
-            f"{self.name}: {self.batch} sequences of {self.tokens} tokens need {needed} cache blocks of "
-            f"{cache.block_size}, but the cache has {cache.num_blocks}"
-        )
+        if needed > cache.num_blocks and asked_size:
+            raise ValueError(
+                f"{self.name}: {self.batch} sequences of {self.tokens} tokens need {needed} cache blocks of "
+                f"{cache.block_size}, but the cache has {cache.num_blocks}"
+            )
+        return needed <= cache.num_blocks
 
 
 def plan(
@@ -369,10 +372,8 @@ def plan(
         (serving if count else [], asked_requests, asked_requests),
     ):
         for workload in workloads:
-            too_long, too_many = workload.exceeds_positions(subject.model), workload.exceeds_cache(subject.model)
-            if (too_long and asked_length) or (not too_long and too_many and (asked_length or asked_batch)):
-                raise ValueError(too_long or too_many)
-            (left_out if too_long or too_many else kept).append(workload)
+            fits = workload.fits(subject.model, asked_length, asked_length or asked_batch)
+            (kept if fits else left_out).append(workload)
     if not kept:
         raise ValueError("nothing to measure: " + ("no size fits the model" if left_out else "every list is empty"))
     return kept, left_out
