@@ -93,13 +93,15 @@ def make_runner(seed: int = 0, generation: str = "2024", **options) -> Runner:
     return Runner(SHAPE, reference_model(seed), layout=GENERATIONS[generation], seed=seed, **options)
 
 
-def weights_of(made: torch.ScriptObject, seed: int = 0) -> list[torch.Tensor]:
-    return weight_list(json.loads(made.weight_spec()), reference_model(seed), Layout(), torch.float32)
+def weights_of(made: torch.ScriptObject, seed: int = 0, device: str = "cpu") -> list[torch.Tensor]:
+    weights = weight_list(json.loads(made.weight_spec()), reference_model(seed), Layout(), torch.float32)
+    return [weight.to(device) for weight in weights]
 
 
-def new_caches(fill: float = float("nan"), **changes) -> list[torch.Tensor]:
+def new_caches(fill: float = float("nan"), device: str = "cpu", **changes) -> list[torch.Tensor]:
     options = {"blocks": 8, "block_size": 16, "kv_heads": SHAPE.kv_heads, "head_size": SHAPE.head_size}
-    return [torch.full(tuple({**options, **changes}.values()), fill) for _ in range(SHAPE.layers)]
+    sizes = tuple({**options, **changes}.values())
+    return [torch.full(sizes, fill, device=device) for _ in range(SHAPE.layers)]
 
 
 def bits(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -114,8 +116,8 @@ def same_bits(tensors: list[torch.Tensor], before: list[torch.Tensor]) -> bool:
 class Prefill:
     """A prefill object with weights and caches, and one step that it can run again and again."""
 
-    def __init__(self) -> None:
-        runner = make_runner()
+    def __init__(self, device: str = "cpu") -> None:
+        runner = make_runner(device=device)
         self.made, self.caches = runner.encoder, runner.caches
         self.step = runner.prefill_inputs(PROMPTS)
 

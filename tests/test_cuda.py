@@ -5,6 +5,14 @@ That its numbers are right is tested with every other device: test_operations.py
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 import torch
 from reference import DEVICES, Runner, Shape, random_model, relative_error
@@ -125,6 +133,12 @@ def test_the_callers_own_capture_records_a_step():
     out.zero_()
     graph.replay()
     assert close(out, expected)
+    inputs[0].copy_(torch.tensor([9, 8, 7]))  # a replay reads the caller's tensors as they are then
+    graph.replay()
+    replayed = out.clone()
+    gpu.decoder.execute_out(inputs, [out], parameters)
+    assert close(replayed, out)
+    assert not close(replayed, expected)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -165,24 +179,85 @@ def test_a_block_outside_the_cache_is_told():
     assert close(gpu.decode({0: 2}), cpu.decode({0: 2}))
 
 
-def test_a_weight_on_another_device_is_refused_and_the_object_stays_usable():
-    gpu, cpu = prefilled()
-    import json
+SPOILT_STEPS = """
+import sys
+from test_cuda import prefilled
+gpu, _ = prefilled()
+inputs, parameters = gpu.decode_inputs({0: 1})
+for position, value in ((0, 10**12), (6, 10**6), (5, 64), (0, 1)):
+    good = inputs[position].clone()
+    inputs[position].view(-1)[0] = value
+    try:
+        gpu.decoder.execute(inputs, parameters)
+        print("no error")
+    except ValueError as error:
+        print(str(error).splitlines()[0])
+    inputs[position].copy_(good)
+"""
 
-    specs = json.loads(gpu.decoder.weight_spec())
-    weights = [torch.zeros(1, dtype=torch.float16, device="cuda")] * (specs[-1]["slot"] + 1)
-    for spec in specs:
-        size = [2 if isinstance(part, str) else part for part in spec["shape"]]
-        weights[spec["slot"]] = torch.zeros(size, device="cuda")
-    weights[specs[3]["slot"]] = weights[specs[3]["slot"]].cpu()
-    with pytest.raises(ValueError, match=r"cpu|cuda"):
-        gpu.decoder.set_weight(weights)
-    assert close(gpu.decode({0: 2}), cpu.decode({0: 2}))
+
+def test_the_debug_switch_names_the_node_of_a_bad_index_at_once():
+    run = subprocess.run(
+        [sys.executable, "-c", SPOILT_STEPS],
+        env={**os.environ, "MODELTORCH_BLOCKING": "1"},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    ids, slots, blocks, good = run.stdout.splitlines()
+    assert re.search(r"node \S*embed\S* \(GatherRows\): .*row index", ids)
+    assert re.search(r"node layers\.0\.attn\S* \(RopeAttention\): .*slot", slots)
+    assert re.search(r"node layers\.0\.attn\S* \(RopeAttention\): .*block", blocks)
+    assert good == "no error"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "indices"), [({"intermediate": 16384}, [0]), ({"vocab": 60_000}, None)], ids=["arena", "outputs"]
+)
+def test_memory_that_runs_out_is_one_exception_and_the_object_works_on(sizes, indices):
+    shape = Shape(heads=4, kv_heads=2, head_size=64, hidden=128, **{"intermediate": 192, **sizes})
+    model = random_model(shape)
+    gpu, cpu = Runner(shape, model, DTYPE, "cuda"), Runner(shape, model, DTYPE, "cpu")
+    assert close(gpu.prefill([[1, 2, 3]]), cpu.prefill([[1, 2, 3]]))
+    assert close(gpu.decode({0: 4}), cpu.decode({0: 4}))
+    prompt = [n % 97 for n in range(400)]
+    step = gpu.prefill_inputs([prompt], indices)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**22) / total)
+    try:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="memory"):
+                gpu.encoder.execute(*step)
+        assert close(gpu.decode({0: 5}), cpu.decode({0: 5}))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert close(gpu.encoder.execute(*step)[0], cpu.prefill([prompt], indices))
+
+
+def test_captured_graphs_are_bounded_and_reported():
+    gpu, _ = prefilled()
+    batches = [2**power for power in range(7)] + [64 * n for n in range(2, 65)]  # each a bucket of its own
+    for batch in batches:
+        inputs = gpu.inputs(
+            [0] * batch,
+            [0] * batch,
+            [-1] * batch,
+            torch.zeros(batch, 1, dtype=torch.int32),
+            [1] * batch,
+            torch.zeros(1),
+        )
+        gpu.decoder.execute(inputs, json.dumps({"seqLen": [1] * batch}))
+    seen = counters(gpu)
+    assert seen["captures"] == len(batches)
+    assert seen["captured_graphs"] == seen["plans"] == 64
+    assert seen["plans_evicted"] == len(batches) - 64
+    assert seen["captured_bytes"] > 0
 
 
 def test_two_objects_on_two_threads_do_not_meet():
-    from concurrent.futures import ThreadPoolExecutor
-
     def work(seed: int) -> bool:
         model = random_model(SHAPE, seed)
         gpu, cpu = Runner(SHAPE, model, DTYPE, "cuda"), Runner(SHAPE, model, DTYPE, "cpu")

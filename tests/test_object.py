@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from model_objects import PROMPTS, SHAPE, Prefill, make_runner, new, new_caches, parameter_text, shape_text, weights_of
-from reference import Layout, Runner, Shape, random_model, weight_list
+from reference import DEVICES, Layout, Runner, Shape, random_model, weight_list
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+every_device = pytest.mark.parametrize("device", DEVICES)
 
 KNOWN_NAMES = ["qwen_PAModel", "qwen_FAModel", "qwen_DecoderModel", "qwen_QwenDecoderModel"]
 
@@ -85,8 +86,9 @@ def test_a_call_out_of_order_says_which_one_is_missing(done, method, missing):
         assert other not in str(error.value)
 
 
-def test_weights_and_caches_may_come_in_either_order_and_again():
-    runner = make_runner()
+@every_device
+def test_weights_and_caches_may_come_in_either_order_and_again(device):
+    runner = make_runner(device=device)
     step = runner.prefill_inputs(PROMPTS)
     expected = runner.encoder.execute(*step)[0]
     for order in itertools.permutations(["weights", "caches", "weights", "caches"]):
@@ -94,7 +96,7 @@ def test_weights_and_caches_may_come_in_either_order_and_again():
         made.set_param(parameter_text())
         for call in order:
             if call == "weights":
-                made.set_weight(weights_of(made))
+                made.set_weight(weights_of(made, device=device))
             else:
                 made.set_kv_cache(runner.caches[0::2], runner.caches[1::2])
         assert torch.equal(made.execute(*step)[0], expected)
@@ -103,8 +105,9 @@ def test_weights_and_caches_may_come_in_either_order_and_again():
 # ---- replacement -----------------------------------------------------------------------------------
 
 
-def test_set_param_again_replaces_the_model_and_asks_for_weights_and_caches_again():
-    prefill = Prefill()
+@every_device
+def test_set_param_again_replaces_the_model_and_asks_for_weights_and_caches_again(device):
+    prefill = Prefill(device)
     prefill.logits()
     prefill.made.set_param(parameter_text(numHiddenLayers=1, packQuantType=[], linearQuantType=[],
                                           linearTransposeType=[]))  # fmt: skip
@@ -113,11 +116,11 @@ def test_set_param_again_replaces_the_model_and_asks_for_weights_and_caches_agai
     with pytest.raises(RuntimeError, match="set_weight"):
         prefill.logits()
     one_layer = Shape(layers=1)
-    other = Runner(one_layer, random_model(one_layer))
+    other = Runner(one_layer, random_model(one_layer), device=device)
     spec = [entry for entry in json.loads(prefill.made.weight_spec()) if "bias" not in entry["name"]]
     assert max(entry["slot"] for entry in spec) == 52
-    prefill.made.set_weight(weight_list(json.loads(other.encoder.weight_spec()), other.model, Layout(),
-                                        torch.float32))  # fmt: skip
+    weights = weight_list(json.loads(other.encoder.weight_spec()), other.model, Layout(), torch.float32)
+    prefill.made.set_weight([weight.to(device) for weight in weights])
     with pytest.raises(RuntimeError, match="set_kv_cache"):
         prefill.logits()
     prefill.made.set_kv_cache(other.caches[0::2], other.caches[1::2])
@@ -125,6 +128,7 @@ def test_set_param_again_replaces_the_model_and_asks_for_weights_and_caches_agai
     assert torch.equal(prefill.made.execute(*step)[0], other.encoder.execute(*step)[0])
 
 
+@every_device
 @pytest.mark.parametrize(
     "text",
     [
@@ -140,8 +144,8 @@ def test_set_param_again_replaces_the_model_and_asks_for_weights_and_caches_agai
         parameter_text(linearQuantType=[[1] * 7] * SHAPE.layers),
     ],
 )
-def test_a_failed_set_param_leaves_the_old_model_whole(text):
-    prefill = Prefill()
+def test_a_failed_set_param_leaves_the_old_model_whole(text, device):
+    prefill = Prefill(device)
     before, spec, graph = prefill.logits(), prefill.made.weight_spec(), prefill.made.graph()
     counters = dict(prefill.made.counters())
     with pytest.raises((ValueError, NotImplementedError), match="set_param"):
@@ -153,23 +157,25 @@ def test_a_failed_set_param_leaves_the_old_model_whole(text):
     assert prefill.made.counters()["plans_built"] == counters["plans_built"]
 
 
-def test_set_weight_again_replaces_every_weight():
-    runner = make_runner()
+@every_device
+def test_set_weight_again_replaces_every_weight(device):
+    runner = make_runner(device=device)
     step = runner.prefill_inputs(PROMPTS)
     first = runner.encoder.execute(*step)[0]
-    runner.encoder.set_weight(weights_of(runner.encoder, seed=1))
+    runner.encoder.set_weight(weights_of(runner.encoder, 1, device))
     second = runner.encoder.execute(*step)[0]
     assert not torch.equal(first, second)
-    fresh = make_runner(seed=1)
+    fresh = make_runner(seed=1, device=device)
     fresh.encoder.set_kv_cache(runner.caches[0::2], runner.caches[1::2])
     assert torch.equal(second, fresh.encoder.execute(*step)[0])
 
 
+@every_device
 @pytest.mark.parametrize("change", [-1, 1, "none"])
-def test_a_weight_list_of_the_wrong_length_is_refused_and_the_old_weights_stay(change):
-    prefill = Prefill()
+def test_a_weight_list_of_the_wrong_length_is_refused_and_the_old_weights_stay(change, device):
+    prefill = Prefill(device)
     before = prefill.logits()
-    weights = weights_of(prefill.made, seed=1)
+    weights = weights_of(prefill.made, 1, device)
     count = len(weights)
     wrong = {-1: weights[:-1], 1: [*weights, weights[-1]], "none": []}[change]
     with pytest.raises(ValueError, match=rf"set_weight.*\b{count}\b.*\b{len(wrong)}\b"):
@@ -183,9 +189,10 @@ FAULTY_WEIGHTS = {
     "int8": lambda weight: weight.to(torch.int8),
     "one row more": lambda weight: torch.cat([weight, weight[:2]]),
     "one dimension more": lambda weight: weight[None],
-    "a placeholder": lambda weight: torch.ones(1),
+    "a placeholder": lambda weight: torch.ones(1, device=weight.device),
     "nothing in it": lambda weight: weight[:0],
     "meta": lambda weight: weight.to("meta"),
+    "cpu": lambda weight: weight.cpu(),
     "sparse": lambda weight: weight.to_sparse(),
 }
 
@@ -206,13 +213,15 @@ FAULTY_SLOTS = [
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTY_WEIGHTS)
+@pytest.mark.parametrize(
+    ("fault", "device"), [(fault, device) for fault in FAULTY_WEIGHTS for device in DEVICES if fault != device]
+)
 @pytest.mark.parametrize("name", FAULTY_SLOTS)
-def test_one_faulty_weight_is_named_and_the_old_weights_stay(name, fault):
-    prefill = Prefill()
+def test_one_faulty_weight_is_named_and_the_old_weights_stay(name, fault, device):
+    prefill = Prefill(device)
     before = prefill.logits()
     slots = {entry["name"]: entry["slot"] for entry in json.loads(prefill.made.weight_spec())}
-    weights = weights_of(prefill.made, seed=1)
+    weights = weights_of(prefill.made, 1, device)
     wrong = weights[slots[name]] = FAULTY_WEIGHTS[fault](weights[slots[name]])
     with pytest.raises(ValueError, match=r"set_weight.*must") as error:
         prefill.made.set_weight(weights)
@@ -225,8 +234,9 @@ def test_one_faulty_weight_is_named_and_the_old_weights_stay(name, fault):
     if fault in {"bfloat16", "int8"}:
         assert "float32" in message
         assert fault in message.split("got")[1]
-    elif fault == "meta":
-        assert "cpu" in message
+    elif fault in {"meta", "cpu"}:
+        assert device in message
+        assert fault in message.split("got")[1]
     elif fault in {"one dimension more", "a placeholder"}:
         assert shape_text(wrong) in message.split("got")[1]
     assert torch.equal(prefill.logits(), before)
@@ -255,8 +265,9 @@ def test_weights_of_a_dtype_that_the_parameters_do_not_ask_for_are_refused(flag,
     assert made.progress() == 0.0
 
 
-def test_weights_on_a_device_without_kernels_are_refused_and_the_old_ones_stay():
-    prefill = Prefill()
+@every_device
+def test_weights_on_a_device_without_kernels_are_refused_and_the_old_ones_stay(device):
+    prefill = Prefill(device)
     before = prefill.logits()
     with pytest.raises((ValueError, NotImplementedError), match="set_weight"):
         prefill.made.set_weight([weight.to("meta") for weight in weights_of(prefill.made)])
@@ -304,37 +315,44 @@ FAULTY_CACHES = {
     "all bfloat16": FaultyCaches(_replace_all(lambda t: t.bfloat16()), ("cache", "float32", "bfloat16")),
     "all float64": FaultyCaches(_replace_all(lambda t: t.double()), ("cache", "float32")),
     "all int8": FaultyCaches(_replace_all(lambda t: t.to(torch.int8)), ("cache", "float32", "int8")),
-    "one meta": FaultyCaches(_replace(3, lambda t: t.to("meta")), ("value cache 1", "cpu")),
-    "all meta": FaultyCaches(_replace_all(lambda t: t.to("meta")), ("cache", "cpu")),
+    "one meta": FaultyCaches(_replace(3, lambda t: t.to("meta")), ("value cache 1", "{device}")),
+    "all meta": FaultyCaches(_replace_all(lambda t: t.to("meta")), ("cache", "{device}")),
+    "one cpu": FaultyCaches(_replace(1, lambda t: t.cpu()), ("key cache 1", "{device}", "cpu")),
+    "all cpu": FaultyCaches(_replace_all(lambda t: t.cpu()), ("cache", "{device}", "cpu")),
     "strided": FaultyCaches(_replace(0, lambda t: t.repeat(2, 1, 1, 1)[::2]), ("key cache 0", "contiguous")),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTY_CACHES)
-def test_faulty_caches_are_named_and_the_old_caches_stay(fault):
-    prefill = Prefill()
+@pytest.mark.parametrize(
+    ("fault", "device"),
+    [(fault, device) for fault in FAULTY_CACHES for device in DEVICES if fault.split()[-1] != device],
+)
+def test_faulty_caches_are_named_and_the_old_caches_stay(fault, device):
+    prefill = Prefill(device)
     before = prefill.logits()
-    keys, values = new_caches(), new_caches()
+    keys, values = new_caches(device=device), new_caches(device=device)
     FAULTY_CACHES[fault].change(keys, values)
     with pytest.raises(ValueError, match="set_kv_cache") as error:
         prefill.made.set_kv_cache(keys, values)
     for text in FAULTY_CACHES[fault].mentions:
-        assert text in str(error.value)
+        assert text.format(device=device) in str(error.value)
     for cache_tensor in prefill.caches:
         cache_tensor.fill_(float("nan"))
     assert torch.equal(prefill.logits(), before)
     assert not all(cache_tensor.isnan().all() for cache_tensor in prefill.caches), "the old caches are in use"
 
 
-@pytest.mark.parametrize("make", [lambda t: t.bfloat16(), lambda t: t.to("meta")], ids=["dtype", "device"])
-def test_caches_that_do_not_go_with_the_weights_are_refused_when_both_are_known(make):
+@every_device
+@pytest.mark.parametrize("make", [lambda t: t.bfloat16(), lambda t: t.to("meta")], ids=["dtype", "other place"])
+def test_caches_that_do_not_go_with_the_weights_are_refused_when_both_are_known(make, device):
     made = new()
     made.set_param(parameter_text())
+    keys, values = new_caches(device=device), new_caches(device=device)
     with pytest.raises(ValueError, match="cache"):  # either call may see it
-        made.set_kv_cache([make(t) for t in new_caches()], [make(t) for t in new_caches()])
-        made.set_weight(weights_of(made))
-    made.set_kv_cache(new_caches(), new_caches())
-    made.set_weight(weights_of(made))
-    step = make_runner().prefill_inputs(PROMPTS)
-    step[0][6] = torch.arange(5, dtype=torch.int32)
-    assert torch.equal(made.execute(*step)[0], Prefill().logits())
+        made.set_kv_cache([make(t) for t in keys], [make(t) for t in values])
+        made.set_weight(weights_of(made, device=device))
+    made.set_kv_cache(keys, values)
+    made.set_weight(weights_of(made, device=device))
+    step = make_runner(device=device).prefill_inputs(PROMPTS)
+    step[0][6] = torch.arange(5, dtype=torch.int32, device=device)
+    assert torch.equal(made.execute(*step)[0], Prefill(device).logits())

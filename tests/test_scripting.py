@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from reference import Layout, Runner, Shape, random_model
+from reference import DEVICES, Layout, Runner, Shape, random_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -59,9 +59,14 @@ class Decoder(torch.nn.Module):
         return self.encoder.set_kv_cache(keys, values) + self.decoder.set_kv_cache(keys, values)
 
 
+@pytest.fixture(params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
 @pytest.fixture(params=["qwen_PAModel", "qwen_QwenDecoderModel"])
-def runner(request) -> Runner:
-    return Runner(SHAPE, reference_model(), layout=Layout(request.param))
+def runner(request, device) -> Runner:
+    return Runner(SHAPE, reference_model(), layout=Layout(request.param), device=device)
 
 
 def scripted(runner: Runner) -> torch.jit.ScriptModule:
@@ -89,7 +94,7 @@ def test_a_scripted_module_computes_with_the_logits(runner):
 def test_a_scripted_module_writes_into_the_tensors_of_execute_out(runner):
     module = scripted(runner)
     step = runner.prefill_inputs([[1, 2, 3], [4]])
-    out = torch.full((4, SHAPE.vocab), float("nan"))
+    out = torch.full((4, SHAPE.vocab), float("nan"), device=runner.device)
     assert module.fill(*step, out) == 0
     assert torch.equal(out, runner.encoder.execute(*step)[0])
 
@@ -117,7 +122,7 @@ def test_a_script_can_set_the_caches(runner):
     [
         pytest.param(lambda inputs: inputs[:11], "12 inputs", id="count"),
         pytest.param(lambda inputs: [inputs[0].double(), *inputs[1:]], "input_ids", id="dtype"),
-        pytest.param(lambda inputs: [inputs[0] + SHAPE.vocab, *inputs[1:]], "input_ids", id="range"),
+        pytest.param(lambda inputs: [inputs[0].to("meta"), *inputs[1:]], "input_ids", id="place"),
     ],
 )
 def test_an_error_inside_a_script_raises_and_the_module_stays_usable(runner, spoil, mention):
@@ -127,10 +132,19 @@ def test_an_error_inside_a_script_raises_and_the_module_stays_usable(runner, spo
     with pytest.raises(RuntimeError, match=mention):
         module(spoil(inputs), text, True)
     with pytest.raises(RuntimeError, match=r"execute_out.*output 0"):
-        module.fill(inputs, text, torch.zeros(1, SHAPE.vocab))
+        module.fill(inputs, text, torch.zeros(1, SHAPE.vocab, device=runner.device))
     with pytest.raises(RuntimeError, match="seqLen"):
         module(inputs, "{}", True)
     assert torch.equal(module(inputs, text, True), expected)
+
+
+@pytest.mark.parametrize("device", ["cpu"])  # elsewhere values are seen by kernels: test_cuda.py
+def test_a_value_out_of_range_inside_a_script_raises(runner):
+    module = scripted(runner)
+    inputs, text = runner.prefill_inputs([[1, 2, 3]])
+    with pytest.raises(RuntimeError, match="input_ids"):
+        module([inputs[0] + SHAPE.vocab, *inputs[1:]], text, True)
+    assert torch.isfinite(module(inputs, text, True)).all()
 
 
 def test_a_script_sees_an_object_that_is_not_ready():

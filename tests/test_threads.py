@@ -9,10 +9,11 @@ from functools import cache
 
 import pytest
 import torch
-from reference import Runner, Shape, random_model
+from reference import DEVICES, Runner, Shape, random_model
 
 SHAPE = Shape()
 STEPS = 200
+every_device = pytest.mark.parametrize("device", DEVICES)
 
 
 @cache
@@ -23,8 +24,8 @@ def reference_model(seed: int):
 class Work:
     """A few different prefill and decode steps of one runner, and the logits that they give when run alone."""
 
-    def __init__(self, seed: int) -> None:
-        runner = Runner(SHAPE, reference_model(seed), seed=seed)
+    def __init__(self, seed: int, device: str = "cpu") -> None:
+        runner = Runner(SHAPE, reference_model(seed), seed=seed, device=device)
         generator = torch.Generator().manual_seed(seed)
         self.runner = runner
         self.steps: list[tuple[torch.ScriptObject, list[torch.Tensor], str]] = []
@@ -66,8 +67,9 @@ def run_at_once(*bodies: Callable[[], None]) -> None:
         raise errors[0]
 
 
-def test_two_models_on_two_threads_give_what_they_give_alone():
-    works = [Work(seed) for seed in (0, 1)]
+@every_device
+def test_two_models_on_two_threads_give_what_they_give_alone(device):
+    works = [Work(seed, device) for seed in (0, 1)]
     for first, second in zip(works[0].expected, works[1].expected, strict=True):
         assert not torch.equal(first, second)
     before = [work.runner.encoder.counters()["executions"] for work in works]
@@ -80,8 +82,9 @@ def test_two_models_on_two_threads_give_what_they_give_alone():
         assert work.runner.encoder.counters()["executions"] - executions == STEPS // 2 + 1
 
 
-def test_two_threads_on_one_object_take_turns_and_both_are_right():
-    work = Work(2)
+@every_device
+def test_two_threads_on_one_object_take_turns_and_both_are_right(device):
+    work = Work(2, device)
     executions = work.runner.encoder.counters()["executions"]
     prefills = [number for number, (made, *_) in enumerate(work.steps) if made is work.runner.encoder]
 
@@ -92,8 +95,9 @@ def test_two_threads_on_one_object_take_turns_and_both_are_right():
     assert work.runner.encoder.counters()["executions"] == executions + 3 * STEPS
 
 
-def test_reading_and_replacing_from_another_thread_does_not_disturb_a_run():
-    work = Work(3)
+@every_device
+def test_reading_and_replacing_from_another_thread_does_not_disturb_a_run(device):
+    work = Work(3, device)
     weights_before = work.runner.encoder.weight_spec()
 
     def look() -> None:
@@ -110,15 +114,17 @@ def test_reading_and_replacing_from_another_thread_does_not_disturb_a_run():
 def _spoilt(work: Work, number: int) -> None:
     made, inputs, text = work.steps[number % len(work.steps)]
     spoilt = list(inputs)
-    spoilt[0] = torch.full_like(spoilt[0], SHAPE.vocab)
+    # Only on a CPU does the call itself look at values.
+    spoilt[0] = torch.full_like(spoilt[0], SHAPE.vocab) if spoilt[0].is_cpu else spoilt[0].double()
     with pytest.raises(ValueError, match="input_ids"):
         made.execute(spoilt, text)
 
 
+@every_device
 @pytest.mark.parametrize("shared", [False, True], ids=["two objects", "one object"])
-def test_a_thread_that_gets_exceptions_does_not_disturb_the_other(shared):
-    good = Work(4)
-    bad = good if shared else Work(5)
+def test_a_thread_that_gets_exceptions_does_not_disturb_the_other(shared, device):
+    good = Work(4, device)
+    bad = good if shared else Work(5, device)
     run_at_once(
         lambda: [_spoilt(bad, number) for number in range(STEPS)],
         lambda: [good.run(number) for number in range(STEPS)],
