@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from operation_cases import BENCHMARK_CASES, Case
 
-from modeltorch.bench import hardware
 from modeltorch.limits import ReadRate
+from modeltorch.subject import hardware
 
 READ_SAMPLES = 9
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
-from modeltorch.bench import Subject, hardware
 from modeltorch.engine import DecodeBatch, Engine, Request
 from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
 from modeltorch.shapes import SHAPES
+from modeltorch.subject import Subject, hardware
 
 
 def make_both(shape_name: str, dtype: torch.dtype) -> tuple[Subject, Any]:

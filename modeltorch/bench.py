@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 
-from modeltorch import shapes
 from modeltorch.engine import DecodeBatch, Engine, Request
 from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
 from modeltorch.limits import Limit, decode_bytes, linear_rate, prefill_flops, read_rate
+from modeltorch.subject import Subject, synchronise
 
 DECODE_STEPS = 128
 """Timed steps of a decode measurement; the context grows by one each, around its mean."""
@@ -31,74 +29,6 @@ PROMPT_LENGTHS, PREFILL_BATCHES = (128, 512), (1, 8)
 CONTEXTS, DECODE_BATCHES = (128, 2048), (1, 8)
 REQUESTS, REQUEST_PROMPT, REQUEST_NEW_TOKENS = 256, (64, 512), 128
 """What is measured where nothing else is asked for."""
-
-
-def _accelerator(device: torch.device) -> Any | None:
-    """The module of torch for a device beside the processor (torch.cuda, torch.npu); None for the processor."""
-    return None if device.type == "cpu" else getattr(torch, device.type)
-
-
-@cache
-def _driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        run = subprocess.run(query, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return "unknown"
-    return run.stdout.strip().splitlines()[0] if run.stdout.strip() else "unknown"
-
-
-def hardware(device: torch.device) -> str:
-    """What the figures were taken on, for example "AMD EPYC, 2 threads, avx512"."""
-    accelerator = _accelerator(device)
-    if accelerator is not None:
-        name = str(accelerator.get_device_name(device))
-        return f"{name}, driver {_driver()}" if device.type == "cuda" else name
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
-    return f"{name}, {torch.get_num_threads()} threads, {torch.ops.ModelTorch.cpu_level()}"
-
-
-def _commit() -> str:
-    folder = Path(__file__).parent
-    run = subprocess.run(
-        ["git", "-C", str(folder), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return run.stdout.strip() or "unknown"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The model under measurement."""
-
-    name: str
-    model: FlashQwen2ForCausalLM
-
-    @classmethod
-    def from_shape(cls, shape: str, device: str, dtype: str, **options: Any) -> Subject:
-        """A model of a known shape with random weights.
-
-        Raises:
-            ValueError: the shape is not known.
-        """
-        if shape not in shapes.SHAPES:
-            raise ValueError(f"--shape must be one of {', '.join(shapes.SHAPES)}, got {shape}")
-        config = shapes.SHAPES[shape]
-        weights = config.random_weights(getattr(torch, dtype), device)
-        model = FlashQwen2ForCausalLM(config, weights, device=device, dtype=dtype, **options)
-        model.init_ascend_weight()
-        return cls(shape, model)
-
-    @classmethod
-    def from_checkpoint(cls, path: str, device: str, dtype: str, **options: Any) -> Subject:
-        """A model from a checkpoint."""
-        return cls(Path(path).name, FlashQwen2ForCausalLM.from_pretrained(path, device=device, dtype=dtype, **options))
 
 
 @dataclass(frozen=True)
@@ -124,21 +54,15 @@ class Result:
 
     def as_json(self) -> dict[str, Any]:
         """The measurement under the keys that benchmarks/ reads."""
-        model = self.subject.model
-        return {
-            "model": self.subject.name,
-            "device": model.device.type,
-            "hardware": hardware(model.device),
-            "dtype": str(model.dtype).removeprefix("torch."),
+        return self.subject.as_json() | {
             "workload": self.workload,
             "value": self.value,
             "unit": self.unit,
             "min": self.least,
             "max": self.most,
             "runs": self.runs,
-            "commit": _commit(),
-            "torch": torch.__version__,
-        } | self._limit_as_json()
+            **self._limit_as_json(),
+        }
 
     def _limit_as_json(self) -> dict[str, Any]:
         if self.limit is None:
@@ -156,17 +80,11 @@ def _both_units(
     yield Result(subject, workload, "tok/s", tokens / median, tokens / most, tokens / least, runs, limit)
 
 
-def _synchronise(device: torch.device) -> None:
-    accelerator = _accelerator(device)
-    if accelerator is not None:
-        accelerator.synchronize(device)
-
-
 def _seconds(device: torch.device, body: Callable[[], object]) -> float:
-    _synchronise(device)
+    synchronise(device)
     start = time.perf_counter()
     body()
-    _synchronise(device)
+    synchronise(device)
     return time.perf_counter() - start
 
 
@@ -183,19 +101,30 @@ def _admitted(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list
     return requests
 
 
-def prefill(subject: Subject, batch: int, length: int, runs: int) -> Iterator[Result]:
-    """Whole prefills of `batch` prompts of `length` tokens, logits of the last rows only, sampling included."""
+Step = Callable[[], object]
+"""Runs one step with its sampling, again and again."""
+
+
+@contextmanager
+def prefill_step(subject: Subject, batch: int, length: int) -> Iterator[Step]:
+    """Whole prefills of `batch` prompts of `length` tokens, logits of the last rows only."""
     engine = Engine(subject.model)
     requests = _admitted(engine, _prompts(subject, [length] * batch), 1)
+    yield lambda: engine.prefill_step(requests)
+    for request in requests:
+        engine.cache.release(request.blocks)
+
+
+def prefill(subject: Subject, batch: int, length: int, runs: int) -> Iterator[Result]:
+    """See prefill_step; sampling is included."""
     device = subject.model.device
     rate = linear_rate(subject.model, batch * length)
     seconds = []
-    for _ in range(runs + 1):
-        seconds.append(_seconds(device, lambda: engine.prefill_step(requests)))
-        if rate is not None:
-            rate.sample()
-    for request in requests:
-        engine.cache.release(request.blocks)
+    with prefill_step(subject, batch, length) as step:
+        for _ in range(runs + 1):
+            seconds.append(_seconds(device, step))
+            if rate is not None:
+                rate.sample()
     limit = None
     if rate is not None:
         limit = rate.limit(prefill_flops(subject.model, [length] * batch), statistics.median(seconds[1:]))
@@ -219,50 +148,55 @@ def _last_context(context: int) -> int:
     return _first_context(context) + DECODE_STEPS + _WARM_UP_STEPS + 1
 
 
-def decode(subject: Subject, batch: int, context: int) -> Iterator[Result]:
-    """Decode steps in a row, sampling included, at a mean context of `context` tokens.
+@contextmanager
+def decode_steps(subject: Subject, batch: int, first: int, count: int) -> Iterator[Step]:
+    """`count` decode steps in a row; before them every sequence has `first` tokens.
 
     The cache is not filled by a prefill: rows that no step wrote are zeroed, which costs the same to read.
     """
     engine = Engine(subject.model)
-    first = _first_context(context)
-    requests = _admitted(engine, _prompts(subject, [first] * batch), DECODE_STEPS + _WARM_UP_STEPS + 1)
+    requests = _admitted(engine, _prompts(subject, [first] * batch), count + 1)
     for request in requests:
         for key, value in engine.cache.pairs:
             key[request.blocks] = 0
             value[request.blocks] = 0
         request.new_tokens.append(0)
     steps = DecodeBatch(requests, engine.cache.block_size, subject.model.device)
-    device = subject.model.device
-    rate = read_rate(device)
-    if device.type == "cuda":
-        timed = _decode_without_waiting(engine, steps)
-        if rate is not None:
-            rate.sample()
-    else:
-        seconds = []
-        for step in range(_WARM_UP_STEPS + DECODE_STEPS):
-            seconds.append(_seconds(device, lambda: engine.decode_step(steps)))
-            if rate is not None and step % _STEPS_PER_SAMPLE == 0:
-                rate.sample()
-        timed = seconds[_WARM_UP_STEPS:]
+    yield lambda: engine.decode_step(steps)
     for request in requests:
         engine.cache.release(request.blocks)
+
+
+def decode(subject: Subject, batch: int, context: int) -> Iterator[Result]:
+    """Decode steps in a row, sampling included, at a mean context of `context` tokens."""
+    device = subject.model.device
+    rate = read_rate(device)
+    with decode_steps(subject, batch, _first_context(context), DECODE_STEPS + _WARM_UP_STEPS) as step:
+        if device.type == "cuda":
+            timed = _without_waiting(device, step)
+            if rate is not None:
+                rate.sample()
+        else:
+            seconds = []
+            for number in range(_WARM_UP_STEPS + DECODE_STEPS):
+                seconds.append(_seconds(device, step))
+                if rate is not None and number % _STEPS_PER_SAMPLE == 0:
+                    rate.sample()
+            timed = seconds[_WARM_UP_STEPS:]
     limit = None
     if rate is not None:
         limit = rate.limit(decode_bytes(subject.model, batch, context), statistics.median(timed))
     yield from _both_units(subject, f"decode_b{batch}_ctx{context}", timed, batch, limit)
 
 
-def _decode_without_waiting(engine: Engine, steps: DecodeBatch) -> list[float]:
+def _without_waiting(device: torch.device, step: Step) -> list[float]:
     """Seconds a step, of groups of steps in which the host runs ahead of the GPU as it does in serving."""
-    device = engine.model.device
     for _ in range(_WARM_UP_STEPS):
-        engine.decode_step(steps)
+        step()
 
     def group() -> None:
         for _ in range(_STEPS_PER_WAIT):
-            engine.decode_step(steps)
+            step()
 
     return [_seconds(device, group) / _STEPS_PER_WAIT for _ in range(DECODE_STEPS // _STEPS_PER_WAIT)]
 
@@ -288,12 +222,16 @@ class Workload:
         batch: sequences at a time, at least.
         tokens: most tokens of a sequence, prompt and answer.
         run: makes it.
+        step: sets up so many of its steps; None where it is not one step again and again.
+        length: tokens of each sequence at such a step.
     """
 
     name: str
     batch: int
     tokens: int
     run: Callable[[], Iterator[Result]]
+    step: Callable[[int], AbstractContextManager[Step]] | None = None
+    length: int = 0
 
     def fits(self, model: FlashQwen2ForCausalLM, asked_length: bool, asked_size: bool) -> bool:
         """Whether a model has room for it.
@@ -315,6 +253,28 @@ class Workload:
                 f"{cache.block_size}, but the cache has {cache.num_blocks}"
             )
         return needed <= cache.num_blocks
+
+
+def _prefill_workload(subject: Subject, batch: int, length: int, runs: int) -> Workload:
+    return Workload(
+        f"prefill_b{batch}_s{length}",
+        batch,
+        length + 1,
+        partial(prefill, subject, batch, length, runs),
+        lambda _: prefill_step(subject, batch, length),
+        length,
+    )
+
+
+def _decode_workload(subject: Subject, batch: int, context: int) -> Workload:
+    return Workload(
+        f"decode_b{batch}_ctx{context}",
+        batch,
+        _last_context(context),
+        partial(decode, subject, batch, context),
+        lambda count: decode_steps(subject, batch, context - count // 2, count),
+        context,
+    )
 
 
 def plan(
@@ -349,14 +309,12 @@ def plan(
         ValueError: a size that was asked for does not fit, or nothing is left.
     """
     prefills = [
-        Workload(f"prefill_b{batch}_s{length}", batch, length + 1, partial(prefill, subject, batch, length, runs))
+        _prefill_workload(subject, batch, length, runs)
         for batch in _or(prefill_batches, PREFILL_BATCHES)
         for length in _or(prompt_lengths, PROMPT_LENGTHS)
     ]
     decodes = [
-        Workload(
-            f"decode_b{batch}_ctx{context}", batch, _last_context(context), partial(decode, subject, batch, context)
-        )
+        _decode_workload(subject, batch, context)
         for batch in _or(decode_batches, DECODE_BATCHES)
         for context in _or(contexts, CONTEXTS)
     ]

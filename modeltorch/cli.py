@@ -9,8 +9,9 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from modeltorch import __version__
 
@@ -80,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--request-new-tokens", type=int, help="new tokens of each (default: 128)")
     bench.add_argument("--runs", type=int, default=5, help="timed prefills (default: 5)")
     bench.add_argument("--json", metavar="FILE", help="append one JSON object a measurement to FILE")
+    bench.add_argument("--nodes", metavar="FILE", help="append what each node of a step costs to FILE")
     _add_model_options(bench)
     return parser
 
@@ -133,8 +135,24 @@ def _generate(arguments: argparse.Namespace) -> None:
     print(f"modeltorch: {tokens} new tokens for {len(prompts)} prompts in {seconds:.3f} s, {rate}", file=sys.stderr)
 
 
+@contextlib.contextmanager
+def _json_lines(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What appends an object to a file as a line of its own; without a file it drops them."""
+    if path is None:
+        yield lambda _: None
+        return
+    with Path(path).open("a") as file:
+
+        def append(line: dict[str, Any]) -> None:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+
+        yield append
+
+
 def _bench(arguments: argparse.Namespace) -> None:
-    from modeltorch import bench
+    from modeltorch import bench, node_costs
+    from modeltorch.subject import Subject
 
     for option, value, least in (
         ("--runs", arguments.runs, 1),
@@ -146,13 +164,13 @@ def _bench(arguments: argparse.Namespace) -> None:
     if arguments.requests is not None and arguments.requests > _MOST_REQUESTS:
         raise ValueError(f"--requests must be at most {_MOST_REQUESTS}, got {arguments.requests}")
     if arguments.model is not None:
-        subject = bench.Subject.from_checkpoint(
+        subject = Subject.from_checkpoint(
             arguments.model, arguments.device, arguments.dtype, cache_packed=arguments.cache_packed
         )
     elif arguments.cache_packed:
         raise ValueError("--cache-packed needs --model: a shape with random weights has no folder")
     else:
-        subject = bench.Subject.from_shape(arguments.shape, arguments.device, arguments.dtype)
+        subject = Subject.from_shape(arguments.shape, arguments.device, arguments.dtype)
     workloads, left_out = bench.plan(
         subject,
         prompt_lengths=arguments.prompt_len,
@@ -168,13 +186,16 @@ def _bench(arguments: argparse.Namespace) -> None:
         names = ", ".join(workload.name for workload in left_out)
         room = f"{subject.model.max_positions} positions or its cache"
         print(f"modeltorch: left out, because they do not fit the model's {room}: {names}", file=sys.stderr)
+    if arguments.nodes:
+        node_costs.check_device(subject.model.device)
     # Opened first: a file that cannot be written is told before minutes of measuring.
-    with Path(arguments.json).open("a") if arguments.json else contextlib.nullcontext() as file:
+    with _json_lines(arguments.json) as append_result, _json_lines(arguments.nodes) as append_nodes:
         for result in (result for workload in workloads for result in workload.run()):
             print(result.row(), flush=True)
-            if file:
-                file.write(json.dumps(result.as_json()) + "\n")
-                file.flush()
+            append_result(result.as_json())
+        for workload in workloads if arguments.nodes else ():
+            if workload.step is not None:
+                append_nodes(node_costs.report(subject, workload))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

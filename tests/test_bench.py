@@ -13,8 +13,10 @@ import torch
 from reference import Shape, random_model
 
 from modeltorch import bench, cli, limits, shapes
+from modeltorch import subject as subject_module
 from modeltorch.checkpoint import BUNDLED
 from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
+from modeltorch.subject import Subject
 
 KEYS = {
     "model": str,
@@ -216,14 +218,23 @@ def test_a_step_that_may_read_from_the_caches_has_no_read_limit(monkeypatch, mov
         assert (limit.rate, limit.unit, limit.fraction) == (4.0, "GB/s", pytest.approx(moved / 4000))
 
 
+def test_sources_without_history_are_told_their_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(subject_module, "__file__", str(tmp_path / "subject.py"))
+    for told, commit in ((None, "unknown"), ("abc1234", "abc1234")):
+        monkeypatch.setenv("MODELTORCH_COMMIT", told) if told else monkeypatch.delenv("MODELTORCH_COMMIT", False)
+        subject_module._commit.cache_clear()
+        assert subject_module._commit() == commit
+    subject_module._commit.cache_clear()
+
+
 @pytest.mark.parametrize("kind", ["cuda", "npu"])
 def test_an_accelerator_is_named_and_waited_for_before_and_after_what_is_timed(monkeypatch, kind):
     done: list[object] = []
     device = SimpleNamespace(type=kind)  # no torch.device: a torch without torch_npu knows no "npu"
     module = SimpleNamespace(synchronize=lambda of: done.append(of), get_device_name=lambda of: f"{of.type} 9000")
     monkeypatch.setattr(torch, kind, module, raising=False)
-    monkeypatch.setattr(bench, "_driver", lambda: "1.2")
-    assert bench.hardware(device) == ("cuda 9000, driver 1.2" if kind == "cuda" else "npu 9000")
+    monkeypatch.setattr(subject_module, "_driver", lambda: "1.2")
+    assert subject_module.hardware(device) == ("cuda 9000, driver 1.2" if kind == "cuda" else "npu 9000")
     bench._seconds(device, lambda: done.append("body"))
     assert done == [device, "body", device]
 
@@ -232,7 +243,7 @@ def test_the_processor_asks_for_no_accelerator(monkeypatch):
     monkeypatch.delattr(torch, "npu", raising=False)
     monkeypatch.delattr(torch, "cuda")
     device = torch.device("cpu")
-    assert f"{torch.get_num_threads()} threads" in bench.hardware(device)
+    assert f"{torch.get_num_threads()} threads" in subject_module.hardware(device)
     assert bench._seconds(device, lambda: None) >= 0
 
 
@@ -248,10 +259,10 @@ def test_operations_are_measured_against_the_same_read_rate_as_steps(monkeypatch
 
 
 @pytest.fixture
-def subject() -> bench.Subject:
+def subject() -> Subject:
     reference = random_model(Shape(layers=1))
     sizes = {"dtype": "float32", "block_size": 16, "num_blocks": 100}
-    return bench.Subject("it", FlashQwen2ForCausalLM(reference.config, reference.state_dict(), **sizes))
+    return Subject("it", FlashQwen2ForCausalLM(reference.config, reference.state_dict(), **sizes))
 
 
 @pytest.fixture

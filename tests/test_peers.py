@@ -17,6 +17,7 @@ import harness  # noqa: E402
 import table  # noqa: E402
 
 from modeltorch import bench  # noqa: E402
+from modeltorch.subject import Subject  # noqa: E402
 
 
 def line(engine, dtype, value, workload="decode_b1_ctx128", unit="ms", model="tiny", **more):
@@ -145,7 +146,7 @@ def test_the_engines_get_the_requests_of_modeltorch_bench():
             self.prompts = prompts
 
     model = Model()
-    list(bench.serve(bench.Subject("stub", model), 32, harness.REQUEST_PROMPT, harness.REQUEST_NEW_TOKENS))
+    list(bench.serve(Subject("stub", model), 32, harness.REQUEST_PROMPT, harness.REQUEST_NEW_TOKENS))
     assert harness.prompts(1000, harness.request_lengths(32)) == model.prompts
     assert all(64 <= len(prompt) <= 256 for prompt in model.prompts)
 

@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
 # Builds, tests, sanitises and measures on a machine with an NVIDIA GPU, in the Python that is given:
 #
-#   PYTHON=python3 tools/gpu_check.sh [build] [test] [bench] [sanitize]      default: all four, in this order
+#   PYTHON=python3 tools/gpu_check.sh [build] [test] [sanitize] [bench] [plot]     default: all but plot, in this order
 #
-# Needs torch for CUDA, its nvcc, ninja, nlohmann-json and the extra [test]. Figures are appended to
-# benchmarks/results/<card>.jsonl, each with the card's name, driver, torch and commit. JOBS compilers and test
-# processes run at once; SHAPES names the models that are measured.
+# Needs torch for CUDA, its nvcc, ninja, nlohmann-json and the extra [test]; plot needs the extra [plot] too. Figures are
+# appended to benchmarks/results/<card>.jsonl, each with the card's name, driver, torch and commit, and README's table is
+# made from that file; plot draws the nodes of some steps into build/pictures. JOBS compilers and test processes run at
+# once; SHAPES names the models that are measured. Where the sources came without their history, MODELTORCH_COMMIT
+# says what they are.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 jobs=${JOBS:-$(nproc)}
-steps=${*:-build test bench sanitize}
+steps=${*:-build test sanitize bench}
+shapes=${SHAPES:-qwen2.5-0.5b qwen2.5-7b}
 export PYTHONPATH=$PWD
 
 card=$("$python" -c 'import torch; print(torch.cuda.get_device_name())') || {
@@ -27,8 +30,8 @@ build() {
 # The tests of everything that has a device, on cuda.
 run_tests() {
   local many=()
-  "$python" -c 'import xdist' 2> /dev/null && many=(-n "$((jobs < 8 ? jobs : 8))")
-  "$python" -m pytest tests/test_operations.py tests/test_cuda.py tests/test_parity.py -k cuda "${many[@]}"
+  "$python" -c 'import xdist' 2> /dev/null && many=(-n "$((jobs < 12 ? jobs : 12))")
+  "$python" -m pytest tests -k cuda "${many[@]}"
 }
 
 # The tools side by side, for each is slow alone. Only our own kernels are looked at. A log ends with the case that
@@ -38,7 +41,7 @@ sanitize() {
   logs=$(mktemp -d)
   for tool in memcheck initcheck racecheck synccheck; do
     # initcheck must also see what cuBLASLt writes, or it takes that for uninitialised.
-    local filter=(--kernel-regex kns=modeltorch)
+    local filter=(--kernel-name kns=modeltorch)
     [ $tool = initcheck ] && filter=()
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 "${filter[@]}" \
       "$python" tools/run_cuda_cases.py > "$logs/$tool" 2>&1 &
@@ -51,17 +54,30 @@ sanitize() {
   [ $failed = 0 ] || { cat "$logs"/*; return 1; }
 }
 
+# benchmarks/gpu_table.py has a row for each of these workloads.
 bench() {
-  local results
+  local results shape
   mkdir -p benchmarks/results
   results=benchmarks/results/$(tr ' ' '-' <<< "${card,,}").jsonl
-  for shape in ${SHAPES:-qwen2.5-0.5b qwen2.5-7b}; do
+  for shape in $shapes; do
     local run=("$python" -m modeltorch bench --device cuda --shape "$shape" --json "$results")
-    "${run[@]}" --prefill-batch 1 --prompt-len 512,2048,8192 --decode-batch 1,8,32,128 --context 512
+    "${run[@]}" --prefill-batch 1 --prompt-len 512,2048,8192 --decode-batch 1,8,32,128 --context 512 --requests 0
     "${run[@]}" --prefill-batch 8 --prompt-len 1024 --decode-batch 1 --context 8192 --requests 256
   done
+  "$python" benchmarks/gpu_table.py benchmarks/results/*.jsonl --into README.md
+  echo "== figures are in $results, the table in README.md"
   "$python" benchmarks/bench_execute.py --device cuda
-  echo "== figures are in $results"
+}
+
+plot() {
+  local nodes=build/pictures/nodes.jsonl shape
+  mkdir -p build/pictures
+  rm -f $nodes
+  for shape in $shapes; do
+    "$python" -m modeltorch bench --device cuda --shape "$shape" --nodes $nodes --requests 0 --runs 1 \
+      --prefill-batch 1 --prompt-len 2048 --decode-batch 1,32 --context 512
+  done
+  "$python" benchmarks/plot.py $nodes --out build/pictures
 }
 
 for step in $steps; do
@@ -70,7 +86,8 @@ for step in $steps; do
     test) run_tests ;;
     sanitize) sanitize ;;
     bench) bench ;;
-    *) echo "usage: tools/gpu_check.sh [build] [test] [bench] [sanitize]" >&2; exit 2 ;;
+    plot) plot ;;
+    *) echo "usage: tools/gpu_check.sh [build] [test] [sanitize] [bench] [plot]" >&2; exit 2 ;;
   esac
 done
 echo "== all passed"

@@ -9,9 +9,10 @@ import torch
 from harness import REQUEST_NEW_TOKENS, REQUEST_PROMPT, Workload, parser
 
 from modeltorch import bench
+from modeltorch.subject import Subject
 
 
-def measure(subject: bench.Subject, workload: Workload, runs: int) -> Iterator[bench.Result]:
+def measure(subject: Subject, workload: Workload, runs: int) -> Iterator[bench.Result]:
     """The measurements of a workload."""
     if workload.kind == "prefill":
         return bench.prefill(subject, workload.batch, workload.length, runs)
@@ -26,7 +27,7 @@ def main() -> None:
     if given.action == "convert":
         return
     torch.set_num_threads(given.threads)
-    subject = bench.Subject.from_checkpoint(str(given.checkpoint), "cpu", given.dtype)
+    subject = Subject.from_checkpoint(str(given.checkpoint), "cpu", given.dtype)
     for name in given.workloads.split(","):
         for result in measure(subject, Workload.parse(name), given.runs):
             print(json.dumps(result.as_json()), flush=True)
