@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 PEERS = Path(__file__).parent.parent / "benchmarks" / "peers"
 sys.path.insert(0, str(PEERS))
 
+import engines  # noqa: E402
 import harness  # noqa: E402
 import table  # noqa: E402
 
@@ -160,3 +162,53 @@ def test_the_default_workloads_are_known():
     parsed = [harness.Workload.parse(name) for name in harness.WORKLOADS.split(",")]
     assert {workload.kind for workload in parsed} == {"prefill", "decode", "serve"}
     assert all(a.name != b.name for a, b in itertools.combinations(parsed, 2))
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The commands of engines.set_up, which are not run; an entry of `failing` fails."""
+    commands, failing = [], set()
+
+    def run(*command):
+        words = [str(part) for part in command]
+        commands.append(words)
+        if failing & set(words):
+            raise RuntimeError("no network")
+        if "venv" in words:
+            Path(words[-1]).mkdir(parents=True, exist_ok=True)
+            for stamp in Path(words[-1]).iterdir():
+                stamp.unlink()
+
+    monkeypatch.setattr(engines, "_run", run)
+    return commands, failing
+
+
+def test_an_environment_is_kept_when_complete_and_finished_when_not(ran, tmp_path):
+    commands, failing = ran
+    wanted = engines.Environment("some", ("first==1", "second==2"), unwanted=("third",))
+    failing.add("uninstall")
+    with pytest.raises(RuntimeError, match="no network"):
+        engines.set_up(wanted, tmp_path, 1)
+    failing.clear()
+    commands.clear()
+    python = engines.set_up(wanted, tmp_path, 1)
+    assert not any("venv" in command for command in commands)
+    assert [command[3] for command in commands] == ["install", "uninstall"]
+    commands.clear()
+    assert engines.set_up(wanted, tmp_path, 1) == python and commands == []
+    engines.set_up(dataclasses.replace(wanted, requirements=("first==2",)), tmp_path, 1)
+    assert "venv" in commands[0] and "--clear" in commands[0]
+
+
+def test_an_environment_that_needs_a_missing_program_says_so(ran, tmp_path):
+    with pytest.raises(RuntimeError, match="some needs no-such-program, which this machine lacks"):
+        engines.set_up(engines.Environment("some", (), commands=("sh", "no-such-program")), tmp_path, 1)
+    assert ran[0] == []
+
+
+def test_setting_up_says_how_far_a_build_is_and_why_it_failed(capsys):
+    build = 'for part in 4 9 12 18 50; do echo "[ $part%] Building"; done; echo no compiler >&2; exit 3'
+    with pytest.raises(RuntimeError, match="sh -c failed: no compiler"):
+        engines._run("sh", "-c", build)
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[-2:] == ["  10 %", "  50 %"] and shown[0].startswith("+ sh -c")

@@ -118,8 +118,10 @@ def main() -> None:
                 commands[shape, engine.label] = f"not set up: {error.args[0]}"
                 print(f"{engine.label}: {error.args[0]}", file=sys.stderr)
     lines = []
+    earlier = read(given.json) if given.json.exists() else []
+    start = 1 + max((line["round"] for line in earlier), default=-1)
     with given.json.open("a") as file:
-        for turn in range(0 if given.prepare else given.rounds):
+        for turn in range(start, start + (0 if given.prepare else given.rounds)):
             first = turn % len(engines)  # so that no engine is always the first or always follows the same pause
             for shape in given.shape.split(","):
                 for engine in (*engines[first:], *engines[:first]):
