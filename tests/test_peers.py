@@ -29,6 +29,8 @@ def line(engine, dtype, value, workload="decode_b1_ctx128", unit="ms", model="ti
         "workload": workload,
         "unit": unit,
         "value": value,
+        "round": 0,
+        "version": "1.0",
         **more,
     }
 
@@ -73,7 +75,7 @@ def test_there_is_no_ratio_without_both_sides():
 
 
 def test_the_table_shows_every_workload_and_the_reasons():
-    shown = list(table.rows(table.cells([*LINES, line("slow", "bfloat16", 1.0, model="other")])))
+    shown = list(table.rows([*LINES, line("slow", "bfloat16", 1.0, model="other")]))
     heads, decode, serve = (text for text in shown[:5] if text.count("|") > 2 and "---" not in text)
     columns = [part.strip() for part in heads.split("|")]
     cells = dict(zip(columns, (part.strip() for part in decode.split("|")), strict=True))
@@ -88,12 +90,26 @@ def test_the_table_shows_every_workload_and_the_reasons():
     assert any(text.startswith("other:") for text in shown)
 
 
+def test_under_the_table_stands_what_it_was_taken_with():
+    mine = {"commit": "abc", "torch": "2.13.0", "hardware": "a processor, 2 threads, avx2", "version": None}
+    lines = [
+        line("modeltorch", "bfloat16", 4.0, **mine),
+        *(line("slow", "bfloat16", 8.0, workload, round=number) for workload in ("w", "v") for number in (0, 3)),
+        {"model": "tiny", "engine": "broken", "dtype": "int8", "workload": "w", "error": "no", "round": 0},
+        line("slow", "bfloat16", 1.0, model="other", version="2.0"),
+    ]
+    assert table.taken_on(lines, "tiny") == (
+        "a processor, 2 threads, avx2; modeltorch bfloat16: abc (torch 2.13.0), 1 round; slow bfloat16: 1.0, 2 rounds"
+    )
+    assert table.taken_on(lines, "tiny") in list(table.rows(lines))
+
+
 def test_the_table_of_an_earlier_run(tmp_path):
     file = tmp_path / "earlier.jsonl"
     file.write_text("".join(json.dumps(entry) + "\n" for entry in LINES))
     run = [sys.executable, str(PEERS / "run.py"), "--table", str(file)]
     printed = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-    assert printed == "\n".join(table.rows(table.cells(LINES))) + "\n"
+    assert printed == "\n".join(table.rows(LINES)) + "\n"
 
 
 class Stub(harness.Peer):
