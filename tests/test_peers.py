@@ -35,15 +35,17 @@ def line(engine, dtype, value, workload="decode_b1_ctx128", unit="ms", model="ti
     }
 
 
+MINE = {"hardware": "a processor, 2 threads, avx2", "commit": "abc", "torch": "2.13.0", "version": None}
+
 LINES = [
-    *(line("modeltorch", "bfloat16", value, fraction_of_limit=8 / value) for value in (10.0, 12.0, 11.0)),
-    *(line("modeltorch", "bfloat16", 1000 / value, unit="tok/s") for value in (10.0, 12.0, 11.0)),
+    *(line("modeltorch", "bfloat16", value, fraction_of_limit=8 / value, **MINE) for value in (10.0, 12.0, 11.0)),
+    *(line("modeltorch", "bfloat16", 1000 / value, unit="tok/s", **MINE) for value in (10.0, 12.0, 11.0)),
     *(line("slow", "bfloat16", value) for value in (40.0, 44.0, 42.0)),
     *(line("wide", "fp32", value) for value in (33.0, 21.0, 22.0)),
     *(line("small", "int4", value) for value in (5.0, 5.5, 6.0)),
     line("broken", "bfloat16", 1.0),
     {"model": "tiny", "engine": "broken", "dtype": "bfloat16", "workload": "decode_b1_ctx128", "error": "no memory"},
-    line("modeltorch", "bfloat16", 4.0, "serve_r32", "s"),
+    line("modeltorch", "bfloat16", 4.0, "serve_r32", "s", **MINE),
     line("slow", "bfloat16", 8.0, "serve_r32", "s"),
 ]
 
@@ -91,9 +93,8 @@ def test_the_table_shows_every_workload_and_the_reasons():
 
 
 def test_under_the_table_stands_what_it_was_taken_with():
-    mine = {"commit": "abc", "torch": "2.13.0", "hardware": "a processor, 2 threads, avx2", "version": None}
     lines = [
-        line("modeltorch", "bfloat16", 4.0, **mine),
+        line("modeltorch", "bfloat16", 4.0, **MINE),
         *(line("slow", "bfloat16", 8.0, workload, round=number) for workload in ("w", "v") for number in (0, 3)),
         {"model": "tiny", "engine": "broken", "dtype": "int8", "workload": "w", "error": "no", "round": 0},
         line("slow", "bfloat16", 1.0, model="other", version="2.0"),
