@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 PEERS = Path(__file__).parent.parent / "benchmarks" / "peers"
 sys.path.insert(0, str(PEERS))
 
+import engines  # noqa: E402
 import harness  # noqa: E402
 import table  # noqa: E402
 
@@ -28,19 +30,23 @@ def line(engine, dtype, value, workload="decode_b1_ctx128", unit="ms", model="ti
         "workload": workload,
         "unit": unit,
         "value": value,
+        "round": 0,
+        "version": "1.0",
         **more,
     }
 
 
+MINE = {"hardware": "a processor, 2 threads, avx2", "commit": "abc", "torch": "2.13.0", "version": None}
+
 LINES = [
-    *(line("modeltorch", "bfloat16", value, fraction_of_limit=8 / value) for value in (10.0, 12.0, 11.0)),
-    *(line("modeltorch", "bfloat16", 1000 / value, unit="tok/s") for value in (10.0, 12.0, 11.0)),
+    *(line("modeltorch", "bfloat16", value, fraction_of_limit=8 / value, **MINE) for value in (10.0, 12.0, 11.0)),
+    *(line("modeltorch", "bfloat16", 1000 / value, unit="tok/s", **MINE) for value in (10.0, 12.0, 11.0)),
     *(line("slow", "bfloat16", value) for value in (40.0, 44.0, 42.0)),
     *(line("wide", "fp32", value) for value in (33.0, 21.0, 22.0)),
     *(line("small", "int4", value) for value in (5.0, 5.5, 6.0)),
     line("broken", "bfloat16", 1.0),
     {"model": "tiny", "engine": "broken", "dtype": "bfloat16", "workload": "decode_b1_ctx128", "error": "no memory"},
-    line("modeltorch", "bfloat16", 4.0, "serve_r32", "s"),
+    line("modeltorch", "bfloat16", 4.0, "serve_r32", "s", **MINE),
     line("slow", "bfloat16", 8.0, "serve_r32", "s"),
 ]
 
@@ -72,7 +78,7 @@ def test_there_is_no_ratio_without_both_sides():
 
 
 def test_the_table_shows_every_workload_and_the_reasons():
-    shown = list(table.rows(table.cells([*LINES, line("slow", "bfloat16", 1.0, model="other")])))
+    shown = list(table.rows([*LINES, line("slow", "bfloat16", 1.0, model="other")]))
     heads, decode, serve = (text for text in shown[:5] if text.count("|") > 2 and "---" not in text)
     columns = [part.strip() for part in heads.split("|")]
     cells = dict(zip(columns, (part.strip() for part in decode.split("|")), strict=True))
@@ -87,12 +93,25 @@ def test_the_table_shows_every_workload_and_the_reasons():
     assert any(text.startswith("other:") for text in shown)
 
 
+def test_under_the_table_stands_what_it_was_taken_with():
+    lines = [
+        line("modeltorch", "bfloat16", 4.0, **MINE),
+        *(line("slow", "bfloat16", 8.0, workload, round=number) for workload in ("w", "v") for number in (0, 3)),
+        {"model": "tiny", "engine": "broken", "dtype": "int8", "workload": "w", "error": "no", "round": 0},
+        line("slow", "bfloat16", 1.0, model="other", version="2.0"),
+    ]
+    assert table.taken_on(lines, "tiny") == (
+        "a processor, 2 threads, avx2; modeltorch bfloat16: abc (torch 2.13.0), 1 round; slow bfloat16: 1.0, 2 rounds"
+    )
+    assert table.taken_on(lines, "tiny") in list(table.rows(lines))
+
+
 def test_the_table_of_an_earlier_run(tmp_path):
     file = tmp_path / "earlier.jsonl"
     file.write_text("".join(json.dumps(entry) + "\n" for entry in LINES))
     run = [sys.executable, str(PEERS / "run.py"), "--table", str(file)]
     printed = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-    assert printed == "\n".join(table.rows(table.cells(LINES))) + "\n"
+    assert printed == "\n".join(table.rows(LINES)) + "\n"
 
 
 class Stub(harness.Peer):
@@ -161,3 +180,53 @@ def test_the_default_workloads_are_known():
     parsed = [harness.Workload.parse(name) for name in harness.WORKLOADS.split(",")]
     assert {workload.kind for workload in parsed} == {"prefill", "decode", "serve"}
     assert all(a.name != b.name for a, b in itertools.combinations(parsed, 2))
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The commands of engines.set_up, which are not run; an entry of `failing` fails."""
+    commands, failing = [], set()
+
+    def run(*command):
+        words = [str(part) for part in command]
+        commands.append(words)
+        if failing & set(words):
+            raise RuntimeError("no network")
+        if "venv" in words:
+            Path(words[-1]).mkdir(parents=True, exist_ok=True)
+            for stamp in Path(words[-1]).iterdir():
+                stamp.unlink()
+
+    monkeypatch.setattr(engines, "_run", run)
+    return commands, failing
+
+
+def test_an_environment_is_kept_when_complete_and_finished_when_not(ran, tmp_path):
+    commands, failing = ran
+    wanted = engines.Environment("some", ("first==1", "second==2"), unwanted=("third",))
+    failing.add("uninstall")
+    with pytest.raises(RuntimeError, match="no network"):
+        engines.set_up(wanted, tmp_path, 1)
+    failing.clear()
+    commands.clear()
+    python = engines.set_up(wanted, tmp_path, 1)
+    assert not any("venv" in command for command in commands)
+    assert [command[3] for command in commands] == ["install", "uninstall"]
+    commands.clear()
+    assert engines.set_up(wanted, tmp_path, 1) == python and commands == []
+    engines.set_up(dataclasses.replace(wanted, requirements=("first==2",)), tmp_path, 1)
+    assert "venv" in commands[0] and "--clear" in commands[0]
+
+
+def test_an_environment_that_needs_a_missing_program_says_so(ran, tmp_path):
+    with pytest.raises(RuntimeError, match="some needs no-such-program, which this machine lacks"):
+        engines.set_up(engines.Environment("some", (), commands=("sh", "no-such-program")), tmp_path, 1)
+    assert ran[0] == []
+
+
+def test_setting_up_says_how_far_a_build_is_and_why_it_failed(capsys):
+    build = 'for part in 4 9 12 18 50; do echo "[ $part%] Building"; done; echo no compiler >&2; exit 3'
+    with pytest.raises(RuntimeError, match="sh -c failed: no compiler"):
+        engines._run("sh", "-c", build)
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[-2:] == ["  10 %", "  50 %"] and shown[0].startswith("+ sh -c")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TORCH = "torch==2.13.0"
-_LLAMA_CPP = "llama-cpp-python==0.3.36"  # its source archive holds llama.cpp's
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,14 @@ class Environment:
         requirements: of pip, installed together; torch, if it is among them, also alone before the others, so that
             none of them chooses its build.
         unwanted: packages that come along and break others.
+        bindings: bindings of llama.cpp, whose source archive holds the library, which is compiled here.
         commands: programs that must be there already.
     """
 
     name: str
     requirements: tuple[str, ...]
     unwanted: tuple[str, ...] = ()
+    bindings: str = ""
     commands: tuple[str, ...] = ()
 
 
@@ -53,7 +55,9 @@ class Engine:
 
 
 _TRANSFORMERS = Environment("transformers", (TORCH, "transformers==5.23.0", "accelerate==1.15.0"))
-_LLAMA = Environment("llama.cpp", ("gguf==0.19.0",), commands=("cmake", "c++"))
+_LLAMA = Environment(
+    "llama.cpp", ("gguf==0.19.0",), bindings="llama-cpp-python==0.3.36", commands=("cmake", "make", "c++")
+)
 _OPENVINO = Environment(
     "openvino",
     (TORCH, "openvino-genai==2026.4.1.0", "optimum-intel[openvino]==2.2.0", "nncf==3.4.0", "transformers==5.5.4"),
@@ -85,11 +89,25 @@ ENGINES = (
 
 
 def _run(*command: str | Path) -> None:
+    """Runs a program, and says how far it is where it prints that as make does: "[ 44%] Building ...".
+
+    Raises:
+        RuntimeError: it failed; with the last line that it printed.
+    """
     print("+", *command, file=sys.stderr, flush=True)
-    run = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=clean_environment())
+    arguments = [str(part) for part in command]
+    tenth, last = "0", ""
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=clean_environment()
+    ) as run:
+        for line in run.stdout or ():
+            last = line.strip() or last
+            found = re.match(r"\[ *(\d+)\d%\]", line)
+            if found and found[1] != tenth:
+                tenth = found[1]
+                print(f"  {tenth}0 %", file=sys.stderr, flush=True)
     if run.returncode:
-        last = (run.stderr or run.stdout).strip().splitlines()[-1:]
-        raise RuntimeError(f"{Path(command[0]).name} {command[1]} failed: {' '.join(last)}")
+        raise RuntimeError(f"{Path(arguments[0]).name} {arguments[1]} failed: {last}")
 
 
 def clean_environment() -> dict[str, str]:
@@ -97,12 +115,14 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 
-def _build_llama_cpp(python: Path, jobs: int) -> None:
-    """Builds the library with -march=native, and installs the bindings without a library of their own."""
+def _build_llama_cpp(python: Path, bindings: str, jobs: int) -> None:
+    """Builds the library with -march=native, and installs the bindings without a library of their own.
+
+    What an interrupted run compiled is not compiled again.
+    """
+    name = bindings.partition("==")[0]
     sources = python.parent.parent / "llama.cpp"
-    _run(
-        python, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "llama-cpp-python", "-d", sources, _LLAMA_CPP
-    )
+    _run(python, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", name, "-d", sources, bindings)
     (archive,) = sources.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(sources, filter="data")
@@ -110,7 +130,7 @@ def _build_llama_cpp(python: Path, jobs: int) -> None:
     build = sources / "build"
     without = [f"-DLLAMA_BUILD_{part}=OFF" for part in ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP")]
     kind = ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", "-DGGML_NATIVE=ON"]
-    _run("cmake", "-S", tree, "-B", build, *kind, *without)
+    _run("cmake", "-G", "Unix Makefiles", "-S", tree, "-B", build, *kind, *without)
     _run("cmake", "--build", build, f"-j{jobs}", "--target", "llama")
     bare = [f"-Ccmake.define.{part}_BUILD=OFF" for part in ("LLAMA", "LLAVA")]
     _run(python, "-m", "pip", "install", "-q", *bare, archive)
@@ -120,7 +140,7 @@ def _build_llama_cpp(python: Path, jobs: int) -> None:
 
 
 def set_up(environment: Environment, folder: Path, jobs: int) -> Path:
-    """Makes the environment under `folder`, unless it is there as described.
+    """Makes the environment under `folder`; one that is there as described is kept, an unfinished one finished.
 
     Returns:
         Its Python.
@@ -129,21 +149,27 @@ def set_up(environment: Environment, folder: Path, jobs: int) -> Path:
         RuntimeError: what is missing, or what failed, in one sentence.
     """
     home = folder / "environments" / environment.name
-    python, stamp = home / "bin" / "python", home / "installed"
+    python, begun, installed = home / "bin" / "python", home / "begun", home / "installed"
     wanted = repr(environment)
-    if stamp.exists() and stamp.read_text() == wanted:
+    if _says(installed, wanted):
         return python
     missing = [command for command in environment.commands if shutil.which(command) is None]
     if missing:
         raise RuntimeError(f"{environment.name} needs {' and '.join(missing)}, which this machine lacks")
-    _run(sys.executable, "-m", "venv", "--clear", home)
+    if not _says(begun, wanted):
+        _run(sys.executable, "-m", "venv", "--clear", home)
+        begun.write_text(wanted)
     pip: list[str | Path] = [python, "-m", "pip", "install", "-q"]
     if TORCH in environment.requirements:
         _run(*pip, TORCH)
     _run(*pip, *environment.requirements)
     if environment.unwanted:
         _run(python, "-m", "pip", "uninstall", "-qy", *environment.unwanted)
-    if environment is _LLAMA:
-        _build_llama_cpp(python, jobs)
-    stamp.write_text(wanted)
+    if environment.bindings:
+        _build_llama_cpp(python, environment.bindings, jobs)
+    installed.write_text(wanted)
     return python
+
+
+def _says(stamp: Path, wanted: str) -> bool:
+    return stamp.exists() and stamp.read_text() == wanted

@@ -20,7 +20,7 @@ from typing import Any
 
 from engines import ENGINES, Engine, clean_environment, set_up
 from harness import WORKLOADS, Workload
-from table import cells, read, rows
+from table import read, rows
 
 _HERE = Path(__file__).parent
 _BUILD = _HERE.parent.parent / "build" / "peers"
@@ -102,7 +102,7 @@ def main() -> None:
     """Prepares all, measures in turn, prints the table."""
     given = parse()
     if given.table:
-        print("\n".join(rows(cells(read(given.table)))))
+        print("\n".join(rows(read(given.table))))
         return
     names = [Workload.parse(name).name for name in given.workloads.split(",")]
     wanted = None if given.engines is None else ["modeltorch", *given.engines.split(",")]
@@ -118,8 +118,10 @@ def main() -> None:
                 commands[shape, engine.label] = f"not set up: {error.args[0]}"
                 print(f"{engine.label}: {error.args[0]}", file=sys.stderr)
     lines = []
+    earlier = read(given.json) if given.json.exists() else []
+    start = 1 + max((line["round"] for line in earlier), default=-1)
     with given.json.open("a") as file:
-        for turn in range(0 if given.prepare else given.rounds):
+        for turn in range(start, start + (0 if given.prepare else given.rounds)):
             first = turn % len(engines)  # so that no engine is always the first or always follows the same pause
             for shape in given.shape.split(","):
                 for engine in (*engines[first:], *engines[:first]):
@@ -130,7 +132,7 @@ def main() -> None:
                         lines.append({**about, **line, "engine": engine.name, "round": turn})
                         file.write(json.dumps(lines[-1]) + "\n")
                         file.flush()
-    print("\n".join(rows(cells(lines))))
+    print("\n".join(rows(lines)))
 
 
 if __name__ == "__main__":

@@ -83,8 +83,27 @@ def ratio(row: dict[str, Cell | str], quantised: bool) -> str:
     return f"{best.value / mine.value:.2f} {spread} {label}"
 
 
-def rows(table: Table) -> Iterator[str]:
-    """The table as Markdown, one for each model, and the reasons for the cells that are missing."""
+def taken_on(lines: Sequence[dict[str, Any]], model: str) -> str:
+    """What a model's measurements were taken with: processor and threads, versions, rounds of each engine."""
+    rounds: dict[str, set[int]] = {}
+    hardware: list[str] = []
+    for line in lines:
+        if line["model"] == model and "error" not in line:
+            version = line.get("version") or f"{line['commit']} (torch {line['torch']})"
+            rounds.setdefault(f"{line['engine']} {line['dtype']}: {version}", set()).add(line["round"])
+            if line["engine"] == MINE:
+                hardware.append(line["hardware"])
+    engines = [f"{name}, {_count(len(numbers), 'round')}" for name, numbers in rounds.items()]
+    return "; ".join([*dict.fromkeys(hardware), *engines])
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def rows(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The table as Markdown, one for each model, the reasons for the cells that are missing, and `taken_on`."""
+    table = cells(lines)
     for model in dict.fromkeys(model for model, _ in table):
         mine = {workload: row for (name, workload), row in table.items() if name == model}
         labels = list(dict.fromkeys(label for row in mine.values() for label in row))
@@ -95,7 +114,8 @@ def rows(table: Table) -> Iterator[str]:
         reasons: list[str] = []
         for workload, row in mine.items():
             yield f"| {' | '.join(_row(workload, row, labels, reasons))} |"
-        yield from ("", *(f"[{number}] {reason}" for number, reason in enumerate(reasons, 1)), "")
+        notes = [f"[{number}] {reason}" for number, reason in enumerate(reasons, 1)]
+        yield from ("", *notes, taken_on(lines, model), "")
 
 
 def _row(workload: str, row: dict[str, Cell | str], labels: Sequence[str], reasons: list[str]) -> list[str]:

@@ -118,8 +118,10 @@ HostBytes FileStore::find(const Digest& name, size_t bytes) const {
   const std::shared_ptr<std::byte> whole(static_cast<std::byte*>(mapped),
                                          [size](std::byte* begin) { ::munmap(begin, size); });
 #if defined(__linux__)
+  // The hash below reads all of it, in huge pages where the file system has them. Asking for everything at
+  // once (MADV_WILLNEED) would fill the system's cache of the file with small pages, and later reads with
+  // misses.
   ::madvise(mapped, size, MADV_HUGEPAGE);
-  ::madvise(mapped, size, MADV_WILLNEED);
 #endif
   Header header;
   std::memcpy(&header, whole.get(), sizeof(header));
