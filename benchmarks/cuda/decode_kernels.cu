@@ -1,6 +1,7 @@
 // Checks and times the kernels of a decode step without torch:
 //   nvcc -std=c++20 -O3 -gencode arch=compute_90a,code=sm_90a -Icsrc benchmarks/cuda/decode_kernels.cu
-//        csrc/ops/few_row_linear.cu csrc/ops/decode_attention.cu -o decode_kernels
+//        csrc/ops/few_row_linear.cu csrc/ops/row_tile_linear.cu csrc/ops/decode_attention.cu -o
+//        decode_kernels
 //   decode_kernels check
 //   decode_kernels time 7b|1.5b|0.5b ROWS CONTEXT
 // `check` compares with plain float64 kernels. `time` replays CUDA graphs: of each kernel over weights that
@@ -244,18 +245,23 @@ void check_linear(const LinearCase& c, DType dtype, double tolerance) {
 
 void check_linears() {
   int cases = 0;
-  for (const int rows : {1, 2, 3, 4, 5, 8, 16, 32, 64, 100, 128}) {
+  for (const int rows : {1, 2, 3, 4, 5, 8, 9, 16, 32, 50, 64, 100, 128}) {
+    const bool few = rows <= 8;  // from 9 on swiglu goes by eights, and without a residual
     std::vector<LinearCase> list;
     for (const int k : {8, 72, 896, 1000, 3584}) {
       list.push_back({rows, k, {131}, true, true, false, false});
       list.push_back({rows, k, {256, 33, 5}, true, true, false, false});
       list.push_back({rows, k, {897}, false, false, true, false});
-      list.push_back({rows, k, {202, 202}, true, false, false, true});
-      list.push_back({rows, k, {2 * 707}, true, true, true, true});
+      list.push_back({rows, k, {264}, false, true, true, false});
+      list.push_back({rows, k, {few ? 202 : 200, few ? 202 : 200}, true, false, false, true});
+      list.push_back({rows, k, {2 * (few ? 707 : 704)}, true, true, few, true});
     }
     list.push_back({rows, 4864, {896}, false, false, true, false});
     list.push_back({rows, 18944, {300}, false, false, true, false});
     list.push_back({rows, 896, {9728}, true, false, false, true});
+    list.push_back({rows, 896, {40000}, true, true, false, false});
+    list.push_back({rows, 896, {40000}, false, false, true, false});
+    list.push_back({rows, 3584, {3584, 512, 512}, true, true, false, false});
     list.push_back({rows, 64, {1}, true, true, true, false});
     for (const LinearCase& c : list) {
       check_linear<__nv_bfloat16>(c, DType::kBFloat16, 6e-3);

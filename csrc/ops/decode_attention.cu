@@ -1,6 +1,7 @@
 #include "ops/decode_attention.h"
 
 #include <algorithm>
+#include <bit>
 
 #include "core/check.h"
 #include "ops/decode_attention_kernel.cuh"
@@ -23,9 +24,10 @@ int split_count(const DecodeAttention& attention, int head_tiles) {
   if (!device.hopper) return 1;
   const int64_t work = attention.sequences * attention.kv_heads * head_tiles;
   const int64_t tiles = (attention.max_context + kDecodeTokens - 1) / kDecodeTokens;
+  constexpr int kLongContext = 4096;  // more blocks than this pays cost more to join than they save
+  const int most = attention.max_context > kLongContext ? kDecodeMaxSplits : 8;
   int splits = 1;
-  while (splits < kDecodeMaxSplits && work * splits * 2 <= device.multiprocessors && splits * 4 < tiles)
-    splits *= 2;
+  while (splits < most && work * splits * 2 <= device.multiprocessors && splits * 4 < tiles) splits *= 2;
   return splits;
 }
 
@@ -33,6 +35,10 @@ template <class T, class Shape>
 void launch_shape(const DecodeAttention& attention, const DecodeAttentionParams& params, void* stream) {
   const auto kernel = decode_attention_kernel<T, Shape>;
   allow_shared_memory(kernel, Shape::kAllBytes);
+  if (params.splits > 8) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+               "decode_attention");
+  }
   const dim3 grid(params.splits, params.kv_heads * params.head_tiles, attention.sequences);
   launch_kernel(kernel, params, grid, Shape::kThreads, Shape::bytes(params.splits), params.splits, stream,
                 "decode_attention");
@@ -111,6 +117,9 @@ void decode_attention(const DecodeAttention& attention, void* stream) {
   params.heads = attention.heads;
   params.kv_heads = attention.kv_heads;
   params.block_size = static_cast<int>(attention.block_size);
+  params.block_shift = std::has_single_bit(static_cast<uint64_t>(attention.block_size))
+                           ? std::countr_zero(static_cast<uint64_t>(attention.block_size))
+                           : -1;
   params.blocks = static_cast<int>(attention.blocks);
   params.head_tiles = (attention.heads / attention.kv_heads + kDecodeHeads - 1) / kDecodeHeads;
   params.splits = split_count(attention, params.head_tiles);

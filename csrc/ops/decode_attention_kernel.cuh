@@ -12,7 +12,7 @@ namespace modeltorch {
 
 inline constexpr int kDecodeTokens = 16;  // of a tile
 inline constexpr int kDecodeHeads = 16;   // query heads of a block, at most
-inline constexpr int kDecodeMaxSplits = 8;
+inline constexpr int kDecodeMaxSplits = 16;
 
 struct DecodeAttentionParams {
   const void *qkv, *cos, *sin;
@@ -21,6 +21,7 @@ struct DecodeAttentionParams {
   int32_t* fault;
   int64_t table_width;
   int heads, kv_heads, block_size, blocks, splits, head_tiles;
+  int block_shift;   // log2 of block_size, or -1
   float scale_log2;  // scale * log2(e)
 };
 
@@ -80,7 +81,7 @@ struct Place {
 __device__ __forceinline__ int find_row(const DecodeAttentionParams& p, const Place& place, int tile) {
   const int token = tile * kDecodeTokens + (threadIdx.x & (kDecodeTokens - 1));
   if (token >= place.cached) return -1;
-  const int entry = token / p.block_size;
+  const int entry = p.block_shift >= 0 ? token >> p.block_shift : token / p.block_size;
   const int block = __ldg(p.block_tables + place.sequence * p.table_width + entry);
   if (block >= 0 && block < p.blocks) return block * p.block_size + token - entry * p.block_size;
   *p.fault = 1;
@@ -314,6 +315,32 @@ __device__ __forceinline__ void store_quotient(T* to, float4 sum, float by) {
                                    ptx::pack<T>(sum.z / by, sum.w / by)};
 }
 
+/// Joins what the blocks of the cluster sent here.
+template <class T, class Shape, int kMost>
+__device__ __forceinline__ void join_splits(const DecodeAttentionParams& p, const Place& place,
+                                            const char* shared, T* y, int vectors, int share) {
+  constexpr int kVectors = Shape::kD / 4;
+  const float* states = reinterpret_cast<const float*>(shared + Shape::kSentStateOffset);
+  const float4* sent = reinterpret_cast<const float4*>(shared + Shape::kSentOffset);
+  const int mine = min(share, vectors - place.split * share);
+  for (int i = threadIdx.x; i < mine; i += Shape::kThreads) {
+    const int v = place.split * share + i, head = v / kVectors;
+    const Merge<kMost> merge(
+        p.splits, [&](int split, int what) { return states[(split * 2 + what) * kDecodeHeads + head]; });
+    float4 sum{};
+#pragma unroll
+    for (int split = 0; split < kMost; ++split) {
+      if (split >= p.splits) break;
+      const float4 part = sent[split * share + i];
+      sum.x += merge.factor[split] * part.x;
+      sum.y += merge.factor[split] * part.y;
+      sum.z += merge.factor[split] * part.z;
+      sum.w += merge.factor[split] * part.w;
+    }
+    store_quotient(y + v * 4, sum, merge.sum);
+  }
+}
+
 /// Joins the warps, then the blocks of the cluster, and writes y. Elements go by fours; block r of the
 /// cluster joins the r-th share of them.
 template <class T, class Shape>
@@ -357,24 +384,10 @@ __device__ __forceinline__ void join(const DecodeAttentionParams& p, const Place
   if (p.splits == 1) return;
   ptx::cluster_arrive();
   ptx::cluster_wait();
-  const float* states = reinterpret_cast<const float*>(shared + Shape::kSentStateOffset);
-  const float4* sent = reinterpret_cast<const float4*>(shared + Shape::kSentOffset);
-  const int mine = min(share, vectors - place.split * share);
-  for (int i = threadIdx.x; i < mine; i += Shape::kThreads) {
-    const int v = place.split * share + i, head = v / kVectors;
-    const Merge<kDecodeMaxSplits> merge(
-        p.splits, [&](int split, int what) { return states[(split * 2 + what) * kDecodeHeads + head]; });
-    float4 sum{};
-#pragma unroll
-    for (int split = 0; split < kDecodeMaxSplits; ++split) {
-      if (split >= p.splits) break;
-      const float4 part = sent[split * share + i];
-      sum.x += merge.factor[split] * part.x;
-      sum.y += merge.factor[split] * part.y;
-      sum.z += merge.factor[split] * part.z;
-      sum.w += merge.factor[split] * part.w;
-    }
-    store_quotient(y + v * 4, sum, merge.sum);
+  if (p.splits <= 8) {
+    join_splits<T, Shape, 8>(p, place, shared, y, vectors, share);
+  } else {
+    join_splits<T, Shape, kDecodeMaxSplits>(p, place, shared, y, vectors, share);
   }
 #endif
 }
@@ -413,7 +426,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
     return;
   }
 #if MODELTORCH_PTX_HOPPER
-  if (p.splits > 1) ptx::cluster_arrive();  // so that nobody sends to a block that has not begun
+  if (p.splits > 1) ptx::cluster_arrive_relaxed();  // so that nobody sends to a block that has not begun
 #endif
   fetch_new_token<T, Shape>(p, place, shared);
   __syncthreads();

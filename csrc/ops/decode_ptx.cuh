@@ -79,6 +79,31 @@ __device__ __forceinline__ __half from_float(float value) {
   return __float2half_rn(value);
 }
 
+/// The squares of eight elements, added up.
+template <class T>
+__device__ __forceinline__ float sum_squares(const uint4& v) {
+  float sum = 0;
+  for (const uint32_t pair : {v.x, v.y, v.z, v.w}) {
+    const float2 f = unpack<T>(pair);
+    sum += f.x * f.x + f.y * f.y;
+  }
+  return sum;
+}
+
+/// v * factor * by, element by element.
+template <class T>
+__device__ __forceinline__ uint4 scaled(uint4 v, float factor, const uint4& by) {
+  const auto scale = [factor](uint32_t& pair, uint32_t other) {
+    const float2 a = unpack<T>(pair), b = unpack<T>(other);
+    pair = pack<T>(a.x * factor * b.x, a.y * factor * b.y);
+  };
+  scale(v.x, by.x);
+  scale(v.y, by.y);
+  scale(v.z, by.z);
+  scale(v.w, by.w);
+  return v;
+}
+
 // --- matrix units of a warp ---
 
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&out)[4], uint32_t address) {
@@ -227,6 +252,11 @@ __device__ __forceinline__ int cluster_rank() {
 
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+/// An arrival that says nothing of what was written before: without the fence of the whole device.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ void cluster_wait() {

@@ -7,11 +7,13 @@
 #include "ops/few_row_linear_direct.cuh"
 #include "ops/few_row_linear_simple.cuh"
 #include "ops/few_row_linear_stream.cuh"
+#include "ops/row_tile_linear.h"
 
 namespace modeltorch {
 namespace {
 
 constexpr int kMaxRows = 128;
+constexpr int kStreamRows = 8;  // more of them on Hopper: row_tile_linear
 // Deep enough that most of a block's weights are on their way before the kernel in front is done.
 constexpr int kSharedBytes = 200 * 1024;
 constexpr int kStageBytes = 32 * 1024;  // of weights, about
@@ -77,6 +79,7 @@ void normalise(const FewRowLinear& linear, void* stream) {
   const NormRowsParams params{linear.x, linear.gamma, linear.workspace, static_cast<int>(linear.k),
                               linear.epsilon};
   const auto kernel = linear.dtype == DType::kBFloat16 ? norm_rows<__nv_bfloat16> : norm_rows<__half>;
+  allow_shared_memory(kernel, 0);  // a kernel that divides memory otherwise would wait for an empty processor
   launch_kernel(kernel, params, dim3(linear.rows), kNormThreads, 0, 1, stream, "few_row_linear: norm");
 }
 
@@ -188,9 +191,7 @@ int plan_stream(StreamParams& p, const FewRowLinear& linear) {
   const int64_t items = divide_up(boxes, boxes_a_stage) * tiles;
   p.stages =
       static_cast<int>(std::min(std::clamp<int64_t>(room / p.stage_bytes, 2, kStreamMaxStages), items));
-  // The matrix units read whole tiles of rows, also where the last box has less.
-  const int64_t beyond = Shape::kWarpgroups ? 2 * 64 * kStreamBox * 2 : 0;
-  return static_cast<int>(bytes + static_cast<int64_t>(p.stages) * p.stage_bytes + beyond);
+  return static_cast<int>(bytes + static_cast<int64_t>(p.stages) * p.stage_bytes);
 }
 
 /// Describes a row-major [rows, k] matrix of 16-bit elements to the copy engine, in boxes of [box_rows,
@@ -264,11 +265,7 @@ void launch_stream(const FewRowLinear& linear, const void* x, const void* gamma,
     return launch_shape<T, DirectShape<20>>(p, linear, parts, stream);
   }
   if (resident(linear)) return launch_shape<T, StreamShape<2, 1, 1, 1, true>>(p, linear, parts, stream);
-  if (p.rows <= 8) return launch_shape<T, StreamShape<2, 1, 1, 1, false>>(p, linear, parts, stream);
-  if (p.rows <= 16) return launch_shape<T, WarpgroupShape<16>>(p, linear, parts, stream);
-  if (p.rows <= 32) return launch_shape<T, WarpgroupShape<32>>(p, linear, parts, stream);
-  if (p.rows <= 64) return launch_shape<T, WarpgroupShape<64>>(p, linear, parts, stream);
-  return launch_shape<T, WarpgroupShape<128>>(p, linear, parts, stream);
+  return launch_shape<T, StreamShape<2, 1, 1, 1, false>>(p, linear, parts, stream);
 }
 
 }  // namespace
@@ -286,7 +283,8 @@ bool few_row_linear_fits(const FewRowLinear& linear) {
   for (int i = 0; i < linear.part_count; ++i) {
     if (linear.parts[i].n < 1 || !aligned(linear.parts[i].weight)) return false;
   }
-  return aligned(linear.x) && aligned(linear.gamma);
+  if (!aligned(linear.x) || !aligned(linear.gamma)) return false;
+  return linear.rows <= kStreamRows || !decode_device().hopper || row_tile_linear_fits(linear);
 }
 
 size_t few_row_linear_workspace(const FewRowLinear& linear) {
@@ -300,6 +298,7 @@ void few_row_linear(const FewRowLinear& linear, void* stream) {
   const void* gamma = apart ? nullptr : linear.gamma;
   if (apart) normalise(linear, stream);
   if (!decode_device().hopper) return launch_simple(linear, x, stream);
+  if (linear.rows > kStreamRows) return row_tile_linear(linear, x, stream);
   if (linear.dtype == DType::kBFloat16) return launch_stream<__nv_bfloat16>(linear, x, gamma, stream);
   return launch_stream<__half>(linear, x, gamma, stream);
 }

@@ -20,7 +20,6 @@ struct DirectShape {
   static constexpr int kWK = 8;
   static constexpr int kRedPitch = kM + 4;
 
-  static constexpr bool kWarpgroups = false;
   static constexpr bool kResident = true;
   static int red_bytes(int rows) { return kWK * rows * kRedPitch * 4; }
 };

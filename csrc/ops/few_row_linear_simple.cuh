@@ -17,45 +17,47 @@ struct NormRowsParams {
 
 inline constexpr int kNormThreads = 256;
 
-/// y = x / sqrt(mean(x^2) + epsilon) * gamma, one block a row; k is a multiple of 8.
+/// y = x / sqrt(mean(x^2) + epsilon) * gamma, one block a row; k is a multiple of 8. What a thread can hold
+/// is read once: the next kernel's weights are on their way already, and a load waits behind them for long.
 template <class T>
 __global__ void __launch_bounds__(kNormThreads) norm_rows(const __grid_constant__ NormRowsParams p) {
   __shared__ float partial[kNormThreads / 32];
+  constexpr int kHeld = 4;
   ptx::launch_dependents();
   const int vectors = p.k / 8;
   const uint4* gamma = static_cast<const uint4*>(p.gamma);
   const uint4* x = static_cast<const uint4*>(p.x) + static_cast<int64_t>(blockIdx.x) * vectors;
   uint4* y = static_cast<uint4*>(p.y) + static_cast<int64_t>(blockIdx.x) * vectors;
-  uint4 first_gamma{};
-  if (threadIdx.x < vectors) first_gamma = __ldg(gamma + threadIdx.x);
-  ptx::wait_for_dependencies();
-  float squares = 0;
-  for (int i = threadIdx.x; i < vectors; i += kNormThreads) {
-    const uint4 v = __ldcg(x + i);
-    for (const uint32_t pair : {v.x, v.y, v.z, v.w}) {
-      const float2 f = ptx::unpack<T>(pair);
-      squares += f.x * f.x + f.y * f.y;
-    }
+  uint4 held_gamma[kHeld] = {}, held_x[kHeld] = {};
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int at = threadIdx.x + i * kNormThreads;
+    if (at < vectors) held_gamma[i] = __ldg(gamma + at);
   }
+  ptx::wait_for_dependencies();
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int at = threadIdx.x + i * kNormThreads;
+    if (at < vectors) held_x[i] = __ldcg(x + at);
+  }
+  float squares = 0;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) squares += ptx::sum_squares<T>(held_x[i]);
+  for (int i = threadIdx.x + kHeld * kNormThreads; i < vectors; i += kNormThreads)
+    squares += ptx::sum_squares<T>(__ldcg(x + i));
   for (int mask = 16; mask; mask /= 2) squares += __shfl_xor_sync(~0u, squares, mask);
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = squares;
   __syncthreads();
   squares = 0;
   for (const float sum : partial) squares += sum;
   const float factor = rsqrtf(squares / static_cast<float>(p.k) + p.epsilon);
-  for (int i = threadIdx.x; i < vectors; i += kNormThreads) {
-    uint4 v = __ldcg(x + i);
-    const uint4 g = i == threadIdx.x ? first_gamma : __ldg(gamma + i);
-    auto scale = [&](uint32_t& pair, uint32_t by) {
-      const float2 a = ptx::unpack<T>(pair), b = ptx::unpack<T>(by);
-      pair = ptx::pack<T>(a.x * factor * b.x, a.y * factor * b.y);
-    };
-    scale(v.x, g.x);
-    scale(v.y, g.y);
-    scale(v.z, g.z);
-    scale(v.w, g.w);
-    y[i] = v;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int at = threadIdx.x + i * kNormThreads;
+    if (at < vectors) y[at] = ptx::scaled<T>(held_x[i], factor, held_gamma[i]);
   }
+  for (int i = threadIdx.x + kHeld * kNormThreads; i < vectors; i += kNormThreads)
+    y[i] = ptx::scaled<T>(__ldcg(x + i), factor, __ldg(gamma + i));
 }
 
 /// What the simple kernel reads of a FewRowLinear; x is normalised already.

@@ -1,10 +1,9 @@
 #pragma once
 
-// few_row_linear on Hopper for any number of rows: x comes through the ring beside the weights, or lies in
-// shared memory as a whole. Eight warps share out the units, the tokens and the columns of a stage, and add
-// their sums up through shared memory in a fixed order at the end of a tile.
+// few_row_linear on Hopper for up to eight rows of any length: x comes through the ring beside the weights,
+// or lies in shared memory as a whole. Eight warps share out the units, the tokens and the columns of a
+// stage, and add their sums up through shared memory in a fixed order at the end of a tile.
 
-#include "ops/decode_wgmma.cuh"
 #include "ops/few_row_linear_ring.cuh"
 
 namespace modeltorch {
@@ -18,20 +17,7 @@ struct StreamShape {
   static constexpr int kN = 8 * kNI * kWN;
   static constexpr int kRedPitch = kM + 4;  // floats; writes and reads of the sums meet no bank twice
   static int red_bytes(int rows) { return kWK * rows * kRedPitch * 4; }
-  static constexpr bool kWarpgroups = false;
   static constexpr bool kResident = kResidentv;  // x lies in shared memory as a whole, normalised there
-};
-
-/// The same for the matrix units of Hopper: two groups of four warps take 64 rows of the weights each (with
-/// swiglu one gate, the other up), all tokens and all columns.
-template <int kTokens>
-struct WarpgroupShape {
-  static constexpr int kMI = 1, kNI = kTokens / 8, kWM = 8, kWN = 1, kWK = 1;
-  static constexpr int kM = 128, kN = kTokens;
-  static constexpr int kRedPitch = kM + 4;
-  static int red_bytes(int rows) { return rows * kRedPitch * 4; }
-  static constexpr bool kWarpgroups = true;
-  static constexpr bool kResident = false;
 };
 
 #if MODELTORCH_PTX_HOPPER
@@ -80,10 +66,7 @@ __device__ __forceinline__ void fetch_x(const StreamParams& p, const Walk& walk,
     for (int j = 0; j < kBatch; ++j) {
       if (i + j * step >= vectors) break;
       to[i + j * step] = v[j];
-      for (const uint32_t pair : {v[j].x, v[j].y, v[j].z, v[j].w}) {
-        const float2 f = ptx::unpack<T>(pair);
-        squares += f.x * f.x + f.y * f.y;
-      }
+      squares += ptx::sum_squares<T>(v[j]);
     }
   }
   if (p.gamma) {
@@ -95,19 +78,7 @@ __device__ __forceinline__ void fetch_x(const StreamParams& p, const Walk& walk,
     for (int i = 0; i < row_warps; ++i) sum += partial[row * row_warps + i];
     const float factor = rsqrtf(sum / static_cast<float>(p.k) + p.epsilon);
     const uint4* gamma = reinterpret_cast<const uint4*>(shared + p.gamma_offset);
-    for (int i = first; i < vectors; i += step) {
-      uint4 v = to[i];
-      const uint4 g = gamma[i];
-      auto scale = [&](uint32_t& pair, uint32_t by) {
-        const float2 a = ptx::unpack<T>(pair), b = ptx::unpack<T>(by);
-        pair = ptx::pack<T>(a.x * factor * b.x, a.y * factor * b.y);
-      };
-      scale(v.x, g.x);
-      scale(v.y, g.y);
-      scale(v.z, g.z);
-      scale(v.w, g.w);
-      to[i] = v;
-    }
+    for (int i = first; i < vectors; i += step) to[i] = ptx::scaled<T>(to[i], factor, gamma[i]);
   }
   ptx::barrier_sync(1, kStreamConsumers);
 }
@@ -164,57 +135,6 @@ __device__ __forceinline__ void multiply_stage(const StreamParams& p, float (&ac
         ptx::multiply_add<T>(acc[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
     }
   }
-}
-
-/// acc (+)= one stage. `w` and `x` are shared addresses of the first rows that this group of warps
-/// multiplies. The multiplications are left running.
-template <class T, class Shape>
-__device__ __forceinline__ void multiply_stage_by_warpgroups(const StreamParams& p,
-                                                             float (&acc)[1][Shape::kNI][4], uint32_t w,
-                                                             uint32_t x, int boxes, bool accumulate) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  const uint32_t box_bytes = p.swiglu ? 2 * p.box_bytes : p.box_bytes;
-  ptx::warpgroup_begin();
-  for (int box = 0; box < boxes; ++box) {
-#pragma unroll
-    for (int step = 0; step < kStreamBox / 16; ++step) {
-      ptx::warpgroup_multiply<T>(acc[0], ptx::box_descriptor(w + box * box_bytes + step * 32),
-                                 ptx::box_descriptor(x + box * p.x_box_bytes + step * 32), accumulate);
-      accumulate = true;
-    }
-  }
-  ptx::warpgroup_commit();
-#endif
-}
-
-/// One tile, all chunks. A stage goes back once the multiplications of the one after it have been started.
-/// Both halves multiply whatever their memory holds, also where the tile has too few rows for the second: a
-/// branch would make the compiler wait after every multiplication.
-template <class T, class Shape>
-__device__ __forceinline__ void multiply_tile_by_warpgroups(const StreamParams& p, const Walk& walk,
-                                                            Barriers barriers, float (&acc)[1][Shape::kNI][4],
-                                                            uint32_t ring, Stage& stage) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  const int half = __shfl_sync(~0u, threadIdx.x / 128, 0);  // known to be the same for the warp
-  const int sides = p.swiglu ? 2 : 1;
-  const uint32_t w_offset = half * (p.swiglu ? p.box_bytes : 64 * kStreamBox * 2);
-  const bool speaker = (threadIdx.x & 31) == 0;
-  int last = -1;
-  for (int chunk = 0; chunk < walk.chunks; ++chunk) {
-    const int columns = min(p.chunk, walk.k_end - walk.k_begin - walk.column(p, chunk));
-    const uint32_t w = ring + stage.index * p.stage_bytes;
-    ptx::barrier_wait(barriers.full(stage.index), stage.parity);
-    multiply_stage_by_warpgroups<T, Shape>(p, acc, w + w_offset,
-                                           w + p.chunk / kStreamBox * sides * p.box_bytes,
-                                           (columns + kStreamBox - 1) / kStreamBox, chunk > 0);
-    ptx::warpgroup_wait<1>();
-    if (last >= 0 && speaker) ptx::barrier_arrive(barriers.empty(last));
-    last = stage.index;
-    stage.advance(p.stages);
-  }
-  ptx::warpgroup_wait<0>();
-  if (last >= 0 && speaker) ptx::barrier_arrive(barriers.empty(last));
-#endif
 }
 
 /// Stores the sums of all warps as red[k][token][row], for the tokens that exist.
@@ -309,7 +229,6 @@ __global__ void __launch_bounds__(kStreamThreads)
     const int unit = walk.first_unit(tile);
     const int units = walk.first_unit(tile + 1) - unit;
     const int tile_rows = p.swiglu ? 2 * units : units;
-    const int up_row = Shape::kWarpgroups ? 64 : units;  // of the sums
     const int m_tiles = min(Shape::kMI, (tile_rows - warp.m + 15) / 16);
     // One element a thread: its bias and residual travel while the sums are made.
     constexpr bool kEarly = kM * kN <= kStreamConsumers;
@@ -327,22 +246,18 @@ __global__ void __launch_bounds__(kStreamThreads)
       w_row[i] = LaneRow::in_box(up ? row - units : row);
       if (up) w_row[i].offset += p.box_bytes;
     }
-    if constexpr (Shape::kWarpgroups) {
-      multiply_tile_by_warpgroups<T, Shape>(p, walk, barriers, acc, ring, stage);
-    } else {
-      for (int chunk = 0; chunk < walk.chunks; ++chunk) {
-        const int column = walk.column(p, chunk);
-        const int columns = min(p.chunk, walk.k_end - walk.k_begin - column);
-        const uint32_t w = ring + stage.index * p.stage_bytes;
-        const uint32_t x = Shape::kResident ? ptx::shared_address(shared + p.x_offset) + column * 2
-                                            : w + p.chunk / kStreamBox * sides * p.box_bytes;
-        ptx::barrier_wait(barriers.full(stage.index), stage.parity);
-        multiply_stage<T, Shape>(p, acc, w, x, w_row, x_row, w_half, x_half, (columns + 15) / 16, warp.k,
-                                 m_tiles);
-        __syncwarp();
-        if (warp.lane == 0) ptx::barrier_arrive(barriers.empty(stage.index));
-        stage.advance(p.stages);
-      }
+    for (int chunk = 0; chunk < walk.chunks; ++chunk) {
+      const int column = walk.column(p, chunk);
+      const int columns = min(p.chunk, walk.k_end - walk.k_begin - column);
+      const uint32_t w = ring + stage.index * p.stage_bytes;
+      const uint32_t x = Shape::kResident ? ptx::shared_address(shared + p.x_offset) + column * 2
+                                          : w + p.chunk / kStreamBox * sides * p.box_bytes;
+      ptx::barrier_wait(barriers.full(stage.index), stage.parity);
+      multiply_stage<T, Shape>(p, acc, w, x, w_row, x_row, w_half, x_half, (columns + 15) / 16, warp.k,
+                               m_tiles);
+      __syncwarp();
+      if (warp.lane == 0) ptx::barrier_arrive(barriers.empty(stage.index));
+      stage.advance(p.stages);
     }
 
     if (tile > 0) ptx::barrier_sync(1, kStreamConsumers);  // the sums of the tile before are read
@@ -355,7 +270,7 @@ __global__ void __launch_bounds__(kStreamThreads)
         if (u >= units) continue;
         if (!kEarly) extras = fetch_extras<T>(p, walk.part, unit + u, token);
         const float sum = sum_warps<Shape>(red, u, token, p.rows);
-        const float up = p.swiglu ? sum_warps<Shape>(red, up_row + u, token, p.rows) : 0;
+        const float up = p.swiglu ? sum_warps<Shape>(red, units + u, token, p.rows) : 0;
         write_element<T>(p, unit + u, token, sum, up, extras);
       }
       continue;
@@ -381,7 +296,7 @@ __global__ void __launch_bounds__(kStreamThreads)
       for (int from = 0; from < p.cluster; ++from) {
         const uint32_t address = red_address + (token * Shape::kRedPitch + u) * 4;
         sum += ptx::load_remote(address, from);
-        if (p.swiglu) up += ptx::load_remote(address + up_row * 4, from);
+        if (p.swiglu) up += ptx::load_remote(address + units * 4, from);
       }
       write_element<T>(p, unit + u, token, sum, up, extras);
     }

@@ -182,6 +182,52 @@ __device__ inline void copy_box(void* to, const CUtensorMap* map, uint64_t* barr
       : "memory");
 }
 
+/// Boxes of what is read once: L2 may drop them first.
+__device__ inline uint64_t read_once() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+/// As copy_box, for what is read once.
+__device__ inline void stream_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x0, int x1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, "
+      "{%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x0), "r"(x1), "l"(read_once())
+      : "memory");
+}
+
+__device__ inline void stream_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x0, int x1, int x2,
+                                  int x3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, "
+      "{%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "l"(read_once())
+      : "memory");
+}
+
+/// Writes 16 bytes to block `rank` of the cluster, at the address that the place has in this block; the
+/// barrier there counts them.
+__device__ inline void send(uint32_t to, const uint64_t* barrier, uint32_t rank, float4 value) {
+  asm volatile(
+      "{\n.reg .b32 there, counted;\n"
+      "mapa.shared::cluster.u32 there, %0, %2;\n"
+      "mapa.shared::cluster.u32 counted, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, %6}, "
+      "[counted];\n}" ::"r"(to),
+      "r"(shared_address(barrier)), "r"(rank), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+      : "memory");
+}
+
+/// Transposes an 8 x 8 matrix of 16-bit elements over a warp: lane l holds two columns, from l % 4 * 2 on, of
+/// row l / 4.
+__device__ inline uint32_t transpose_halves(uint32_t pair) {
+  uint32_t out;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
+  return out;
+}
+
 __device__ inline void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -216,15 +262,17 @@ __device__ inline uint64_t operand(const void* data, int leading = 16) {
 #define MODELTORCH_SUMS_8(i)                                                                              \
   "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3]), "+f"(sum[i + 4]), "+f"(sum[i + 5]), \
       "+f"(sum[i + 6]), "+f"(sum[i + 7])
-#define MODELTORCH_SUMS_32(i) \
-  MODELTORCH_SUMS_8(i), MODELTORCH_SUMS_8(i + 8), MODELTORCH_SUMS_8(i + 16), MODELTORCH_SUMS_8(i + 24)
+#define MODELTORCH_SUMS_16(i) MODELTORCH_SUMS_8(i), MODELTORCH_SUMS_8(i + 8)
+#define MODELTORCH_SUMS_32(i) MODELTORCH_SUMS_16(i), MODELTORCH_SUMS_16(i + 16)
 #define MODELTORCH_SUMS_64 MODELTORCH_SUMS_32(0), MODELTORCH_SUMS_32(32)
 #define MODELTORCH_SUMS_96 MODELTORCH_SUMS_64, MODELTORCH_SUMS_32(64)
 #define MODELTORCH_SUMS_112 MODELTORCH_SUMS_96, MODELTORCH_SUMS_8(96), MODELTORCH_SUMS_8(104)
 #define MODELTORCH_SUMS_128 MODELTORCH_SUMS_112, MODELTORCH_SUMS_8(112), MODELTORCH_SUMS_8(120)
-#define MODELTORCH_NAMES_32                                                \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MODELTORCH_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define MODELTORCH_NAMES_16 MODELTORCH_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define MODELTORCH_NAMES_32 \
+  MODELTORCH_NAMES_16       \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define MODELTORCH_NAMES_64                                                            \
   MODELTORCH_NAMES_32                                                                  \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
@@ -253,7 +301,19 @@ __device__ inline uint64_t operand(const void* data, int leading = 16) {
 template <class T, int kCount>
 __device__ inline void wgmma(float (&sum)[kCount], uint64_t a, uint64_t b, int accumulate) {
   constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
-  if constexpr (kCount == 64 && kBFloat16) {
+  if constexpr (kCount == 8 && kBFloat16) {
+    MODELTORCH_WGMMA("16", MODELTORCH_NAMES_8, MODELTORCH_SUMS_8(0), "bf16", "8", "9", "10");
+  } else if constexpr (kCount == 8) {
+    MODELTORCH_WGMMA("16", MODELTORCH_NAMES_8, MODELTORCH_SUMS_8(0), "f16", "8", "9", "10");
+  } else if constexpr (kCount == 16 && kBFloat16) {
+    MODELTORCH_WGMMA("32", MODELTORCH_NAMES_16, MODELTORCH_SUMS_16(0), "bf16", "16", "17", "18");
+  } else if constexpr (kCount == 16) {
+    MODELTORCH_WGMMA("32", MODELTORCH_NAMES_16, MODELTORCH_SUMS_16(0), "f16", "16", "17", "18");
+  } else if constexpr (kCount == 32 && kBFloat16) {
+    MODELTORCH_WGMMA("64", MODELTORCH_NAMES_32, MODELTORCH_SUMS_32(0), "bf16", "32", "33", "34");
+  } else if constexpr (kCount == 32) {
+    MODELTORCH_WGMMA("64", MODELTORCH_NAMES_32, MODELTORCH_SUMS_32(0), "f16", "32", "33", "34");
+  } else if constexpr (kCount == 64 && kBFloat16) {
     MODELTORCH_WGMMA("128", MODELTORCH_NAMES_64, MODELTORCH_SUMS_64, "bf16", "64", "65", "66");
   } else if constexpr (kCount == 64) {
     MODELTORCH_WGMMA("128", MODELTORCH_NAMES_64, MODELTORCH_SUMS_64, "f16", "64", "65", "66");
