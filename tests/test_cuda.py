@@ -60,6 +60,74 @@ def test_outputs_of_the_caller_are_written_with_and_without_padding():
         assert (out[-1] == 7.0).all()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "sequences"),
+    [(torch.float32, 2), (torch.bfloat16, 2), (torch.bfloat16, 3), (torch.bfloat16, 16), (torch.bfloat16, 128)],
+    ids=str,
+)
+def test_outputs_that_move_are_replayed_without_a_new_capture(dtype, sequences):
+    shape = Shape(heads=4, kv_heads=2, head_size=64, hidden=256, intermediate=512, vocab=4096)
+    gpu = Runner(shape, random_model(shape), dtype, "cuda", blocks=160)
+    gpu.prefill([[n, n + 1] for n in range(sequences)])
+    inputs, parameters = gpu.decode_inputs({n: n for n in range(sequences)})
+    expected = gpu.decoder.execute(inputs, parameters)[0]
+    assert torch.isfinite(expected).all()
+    captures = counters(gpu)["captures"]
+    outs = torch.zeros(3, sequences, shape.vocab, dtype=dtype, device="cuda")
+    for step in range(9):
+        outs.zero_()
+        out = outs[step % 3]
+        gpu.decoder.execute_out(inputs, [out], parameters)
+        assert torch.equal(out, expected)
+        assert (outs[(step + 1) % 3] == 0).all()
+        assert torch.equal(gpu.decoder.execute(inputs, parameters)[0], expected)
+    assert counters(gpu)["captures"] == captures
+    assert counters(gpu)["replays"] == 18
+
+
+def test_outputs_on_any_address_are_written():
+    gpu, cpu = prefilled()
+    memory = torch.zeros(2 * SHAPE.vocab + 2, device="cuda")
+    for step in range(8):
+        chosen = {0: step, 1: step + 1}
+        inputs, parameters = gpu.decode_inputs(chosen)
+        offset = step % 3 % 2
+        memory.fill_(7.0)
+        out = memory[offset : offset + 2 * SHAPE.vocab].view(2, -1)
+        gpu.decoder.execute_out(inputs, [out], parameters)
+        assert close(out, cpu.decode(chosen))
+        assert (memory == 7.0).sum() == 2
+
+
+def test_a_replay_under_way_keeps_its_own_inputs_and_outputs():
+    gpu, cpu = prefilled()
+    gpu.decode({0: 1, 1: 2})
+    cpu.decode({0: 1, 1: 2})
+    steps = [{0: 3 * n, 1: 50 - n} for n in range(6)]
+    prepared = [gpu.decode_inputs(step) for step in steps]
+    outs = [torch.zeros(2, SHAPE.vocab, device="cuda") for _ in steps]
+    busy = torch.zeros(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(20):
+        busy = busy @ busy
+    for (inputs, parameters), out in zip(prepared, outs, strict=True):
+        gpu.decoder.execute_out(inputs, [out], parameters)
+    for step, out in zip(steps, outs, strict=True):
+        assert close(out, cpu.decode(step))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_tables_that_are_not_whole_packs_are_gathered_too(dtype):
+    shape = Shape(heads=2, kv_heads=1, head_size=6, hidden=20, intermediate=36)
+    model = random_model(shape)
+    gpu, cpu = Runner(shape, model, dtype, "cuda"), Runner(shape, model, dtype, "cpu")
+    for runner in (gpu, cpu):
+        runner.prefill([[1, 2, 3], [4]])
+    for token in range(4):
+        a, b = (runner.decode({0: token, 1: token + 1}) for runner in (gpu, cpu))
+        assert relative_error(a, b) < (1e-4 if dtype == torch.float32 else 3e-2)
+
+
 def test_other_tables_and_caches_are_captured_anew():
     gpu, cpu = prefilled()
     for token in range(3):
