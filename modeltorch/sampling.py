@@ -5,16 +5,19 @@ from __future__ import annotations
 import numbers
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
+from modeltorch.transfer import upload
+
 _MIN_TEMPERATURE = 1e-6
+_MOST_PLANNED = 64
 
 
 @dataclass
 class Sampling:
-    """How the tokens of one request are chosen, and the generator of one that has a seed.
+    """How the tokens of one request are chosen.
 
     Attributes:
         temperature: 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature).
@@ -30,7 +33,6 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
-    generator: torch.Generator | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.temperature, numbers.Real) or not 0.0 <= self.temperature < float("inf"):
@@ -40,7 +42,6 @@ class Sampling:
         self.top_k = _whole_number("top_k", self.top_k, 0)
         if self.seed is not None:
             self.seed = _whole_number("seed", self.seed, 0)
-            self.generator = torch.Generator().manual_seed(self.seed)
 
 
 def _whole_number(name: str, value: int, least: int) -> int:
@@ -66,38 +67,72 @@ class SamplingRows:
     """The sampling of every row of a batch, as tensors where its tokens are chosen.
 
     Attributes:
+        has_greedy: some row is.
         temperatures: float32 [B]; a row of 0 is greedy.
         top_k: int64 [B], or None where no row has it.
         top_p: float64 [B], or None where no row has it.
     """
 
-    def __init__(self, samplings: Sequence[Sampling], device: torch.device) -> None:
-        device = choosing_device(device)
-        self._samplings = list(samplings)
-        self._device = device
-        self.temperatures = torch.tensor([sampling.temperature for sampling in samplings], device=device)
-        self.top_k: torch.Tensor | None = None
-        self.top_p: torch.Tensor | None = None
-        if any(sampling.top_k > 0 for sampling in samplings):
-            self.top_k = torch.tensor([sampling.top_k or 2**63 - 1 for sampling in samplings], device=device)
-        if any(sampling.top_p < 1.0 for sampling in samplings):
-            top_p = [sampling.top_p if sampling.top_p < 1.0 else 2.0 for sampling in samplings]  # 2: no row reaches it
-            self.top_p = torch.tensor(top_p, dtype=torch.float64, device=device)
+    def __init__(self, samplings: Sequence[Sampling], device: torch.device, drawn: Sequence[int] | None = None) -> None:
+        """Takes how rows are sampled, and how many tokens each has drawn before (None: no row has)."""
+        self._device = choosing_device(device)
+        temperatures = torch.tensor([float(sampling.temperature) for sampling in samplings])
+        # What no row reaches stands for no limit.
+        top_k = torch.tensor([sampling.top_k or 2**63 - 1 for sampling in samplings])
+        limits = [sampling.top_p if sampling.top_p < 1.0 else 2.0 for sampling in samplings]
+        top_p = torch.tensor(limits, dtype=torch.float64)
+        self.has_greedy = any(sampling.temperature == 0.0 for sampling in samplings)
+        self.temperatures, on_device_k, on_device_p = upload((temperatures, top_k, top_p), self._device)
+        self.top_k = on_device_k if any(sampling.top_k > 0 for sampling in samplings) else None
+        self.top_p = on_device_p if any(sampling.top_p < 1.0 for sampling in samplings) else None
+        self._has_seed = torch.tensor([sampling.seed is not None for sampling in samplings])
+        self._seeds = torch.tensor([sampling.seed or 0 for sampling in samplings])
+        self._drawn = torch.zeros_like(self._seeds) if drawn is None else torch.tensor(drawn)
+        self._planned = torch.empty(0, len(samplings))
+        self._step = 0
 
     def uniforms(self) -> torch.Tensor:
-        """float64 [B, 1] in [0, 1): one number a row, from the row's own generator if it has one."""
-        drawn = torch.rand(len(self._samplings), 1, dtype=torch.float64)
-        for row, sampling in enumerate(self._samplings):
-            if sampling.generator is not None:
-                drawn[row] = torch.rand((), dtype=torch.float64, generator=sampling.generator)
-        return drawn.to(self._device, non_blocking=True)
+        """float64 [B, 1] in [0, 1) for the next token of each row.
+
+        That of a row with a seed depends on the seed and on how many tokens the row has drawn alone. Numbers are made
+        on the host and copied for several tokens at once, each time for more.
+        """
+        if self._step == len(self._planned):
+            steps = min(_MOST_PLANNED, max(1, 2 * self._step))
+            numbers = torch.rand(steps, len(self._seeds), dtype=torch.float64)
+            if self._has_seed.any():
+                counts = self._drawn + torch.arange(steps).unsqueeze(1)
+                numbers = torch.where(self._has_seed, _seeded_uniforms(self._seeds, counts), numbers)
+            (self._planned,) = upload((numbers,), self._device)
+            self._drawn, self._step = self._drawn + steps, 0
+        self._step += 1
+        return self._planned[self._step - 1].unsqueeze(1)
 
 
-def sampling_rows(samplings: Sequence[Sampling], device: torch.device) -> SamplingRows | None:
-    """The rows of a batch; None where all of them are greedy."""
+def _seeded_uniforms(seeds: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Number counts[...] of the sequence of each seed: SplitMix64 (Steele, Lea, Flood 2014), the top 53 bits."""
+    mixed = _mixed(_mixed(seeds) + (counts + 1) * -0x61C8864680B583EB)
+    return _shifted(mixed, 11).double() * 2.0**-53
+
+
+def _mixed(bits: torch.Tensor) -> torch.Tensor:
+    bits = (bits ^ _shifted(bits, 30)) * -0x40A7B892E31B1A47
+    bits = (bits ^ _shifted(bits, 27)) * -0x6B2FB644ECCEEE15
+    return bits ^ _shifted(bits, 31)
+
+
+def _shifted(bits: torch.Tensor, places: int) -> torch.Tensor:
+    """Unsigned 64-bit numbers shifted right."""
+    return (bits >> places) & ((1 << (64 - places)) - 1)
+
+
+def sampling_rows(
+    samplings: Sequence[Sampling], device: torch.device, drawn: Sequence[int] | None = None
+) -> SamplingRows | None:
+    """The rows of a batch; None where all of them are greedy. Arguments are those of SamplingRows."""
     if all(sampling.temperature == 0.0 for sampling in samplings):
         return None
-    return SamplingRows(samplings, device)
+    return SamplingRows(samplings, device, drawn)
 
 
 class Sampler:
@@ -117,9 +152,8 @@ class Sampler:
             int64 [B].
         """
         logits = logits.to(choosing_device(logits.device))
-        greedy = self._argmax.run([logits])[0] if logits.device.type == "cpu" else logits.argmax(dim=-1)
         if rows is None:
-            return greedy
+            return self._greedy(logits)
         safe = rows.temperatures.clamp(min=_MIN_TEMPERATURE).unsqueeze(1)
         probabilities = torch.softmax(logits.float() / safe, dim=-1)
         if rows.top_k is None and rows.top_p is None:
@@ -127,7 +161,12 @@ class Sampler:
         else:
             ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
             drawn = tokens.gather(1, _draw(_most_probable(ordered, rows), rows.uniforms()))
-        return torch.where(rows.temperatures > 0, drawn.squeeze(1), greedy)
+        drawn = drawn.squeeze(1)
+        return torch.where(rows.temperatures > 0, drawn, self._greedy(logits)) if rows.has_greedy else drawn
+
+    def _greedy(self, logits: torch.Tensor) -> torch.Tensor:
+        tokens: torch.Tensor = self._argmax.run([logits])[0]
+        return tokens
 
 
 def _most_probable(ordered: torch.Tensor, rows: SamplingRows) -> torch.Tensor:

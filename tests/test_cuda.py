@@ -17,6 +17,10 @@ import pytest
 import torch
 from reference import DEVICES, Runner, Shape, random_model, relative_error
 
+from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
+from modeltorch.sampling import Sampler, Sampling, SamplingRows
+from modeltorch.shapes import Qwen2Shape
+
 pytestmark = pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU, or a library without CUDA")
 
 SHAPE = Shape(heads=4, kv_heads=2, head_size=64, hidden=128, intermediate=192)
@@ -66,6 +70,74 @@ def test_outputs_of_the_caller_are_written_with_and_without_padding():
         gpu.decoder.execute_out(inputs, [out[:-1]], parameters)
         assert close(out[:-1], expected)
         assert (out[-1] == 7.0).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sequences"),
+    [(torch.float32, 2), (torch.bfloat16, 2), (torch.bfloat16, 3), (torch.bfloat16, 16), (torch.bfloat16, 128)],
+    ids=str,
+)
+def test_outputs_that_move_are_replayed_without_a_new_capture(dtype, sequences):
+    shape = Shape(heads=4, kv_heads=2, head_size=64, hidden=256, intermediate=512, vocab=4096)
+    gpu = Runner(shape, random_model(shape), dtype, "cuda", blocks=160)
+    gpu.prefill([[n, n + 1] for n in range(sequences)])
+    inputs, parameters = gpu.decode_inputs({n: n for n in range(sequences)})
+    expected = gpu.decoder.execute(inputs, parameters)[0]
+    assert torch.isfinite(expected).all()
+    captures = counters(gpu)["captures"]
+    outs = torch.zeros(3, sequences, shape.vocab, dtype=dtype, device="cuda")
+    for step in range(9):
+        outs.zero_()
+        out = outs[step % 3]
+        gpu.decoder.execute_out(inputs, [out], parameters)
+        assert torch.equal(out, expected)
+        assert (outs[(step + 1) % 3] == 0).all()
+        assert torch.equal(gpu.decoder.execute(inputs, parameters)[0], expected)
+    assert counters(gpu)["captures"] == captures
+    assert counters(gpu)["replays"] == 18
+
+
+def test_outputs_on_any_address_are_written():
+    gpu, cpu = prefilled()
+    memory = torch.zeros(2 * SHAPE.vocab + 2, device="cuda")
+    for step in range(8):
+        chosen = {0: step, 1: step + 1}
+        inputs, parameters = gpu.decode_inputs(chosen)
+        offset = step % 3 % 2
+        memory.fill_(7.0)
+        out = memory[offset : offset + 2 * SHAPE.vocab].view(2, -1)
+        gpu.decoder.execute_out(inputs, [out], parameters)
+        assert close(out, cpu.decode(chosen))
+        assert (memory == 7.0).sum() == 2
+
+
+def test_a_replay_under_way_keeps_its_own_inputs_and_outputs():
+    gpu, cpu = prefilled()
+    gpu.decode({0: 1, 1: 2})
+    cpu.decode({0: 1, 1: 2})
+    steps = [{0: 3 * n, 1: 50 - n} for n in range(6)]
+    prepared = [gpu.decode_inputs(step) for step in steps]
+    outs = [torch.zeros(2, SHAPE.vocab, device="cuda") for _ in steps]
+    busy = torch.zeros(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(20):
+        busy = busy @ busy
+    for (inputs, parameters), out in zip(prepared, outs, strict=True):
+        gpu.decoder.execute_out(inputs, [out], parameters)
+    for step, out in zip(steps, outs, strict=True):
+        assert close(out, cpu.decode(step))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_tables_that_are_not_whole_packs_are_gathered_too(dtype):
+    shape = Shape(heads=2, kv_heads=1, head_size=6, hidden=20, intermediate=36)
+    model = random_model(shape)
+    gpu, cpu = Runner(shape, model, dtype, "cuda"), Runner(shape, model, dtype, "cpu")
+    for runner in (gpu, cpu):
+        runner.prefill([[1, 2, 3], [4]])
+    for token in range(4):
+        a, b = (runner.decode({0: token, 1: token + 1}) for runner in (gpu, cpu))
+        assert relative_error(a, b) < (1e-4 if dtype == torch.float32 else 3e-2)
 
 
 def test_other_tables_and_caches_are_captured_anew():
@@ -268,3 +340,70 @@ def test_two_objects_on_two_threads_do_not_meet():
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(4)))
+
+
+def drawn_rows(count: int, **options: float) -> SamplingRows:
+    samplings = [Sampling(1.0 if row % 5 else 0.5, seed=row, **options) for row in range(count)]
+    return SamplingRows(samplings, torch.device("cuda"), list(range(count)))
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 40}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.8}], ids=str)
+def test_a_row_draws_the_same_from_its_seed_whatever_stands_beside_it(options):
+    logits = torch.randn(24, 5000, device="cuda") * 3
+    sampler = Sampler()
+    rows = drawn_rows(24, **options)
+    together = [sampler.choose(logits, rows).tolist() for _ in range(5)]
+    assert len({tuple(tokens) for tokens in together}) == 5
+    for row in (0, 7, 23):
+        alone = SamplingRows([Sampling(1.0 if row % 5 else 0.5, seed=row, **options)], logits.device, [row])
+        tokens = [sampler.choose(logits[row : row + 1], alone).item() for _ in range(5)]
+        assert tokens == [step[row] for step in together]
+    on_host = SamplingRows(
+        [Sampling(1.0 if row % 5 else 0.5, seed=row, **options) for row in range(24)],
+        torch.device("cpu"),
+        list(range(24)),
+    )
+    agreeing = [a == b for step in together for a, b in zip(step, sampler.choose(logits.cpu(), on_host), strict=True)]
+    assert sum(agreeing) >= 0.98 * len(agreeing)  # sums in another order may come to the next token
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 40}, {"top_p": 0.9}], ids=str)
+def test_choosing_tokens_waits_for_nothing(options):
+    logits = torch.randn(24, 5000, device="cuda")
+    sampler = Sampler()
+    sampler.choose(logits, drawn_rows(24, **options))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        busy = torch.zeros(4096, 4096, device="cuda")
+        for _ in range(50):
+            busy = busy @ busy
+        done = torch.cuda.Event()
+        done.record()
+        rows = drawn_rows(24, **options)
+        for _ in range(4):
+            sampler.choose(logits, rows)
+        assert not done.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+
+
+def test_a_prefill_is_launched_before_the_one_in_front_has_ended(monkeypatch):
+    import modeltorch.engine as engine_module
+
+    shape = Qwen2Shape(64, 64, 128, 2, 1, 1, False, max_position_embeddings=128)
+    model = FlashQwen2ForCausalLM(
+        shape, shape.random_weights(torch.bfloat16, "cuda"), device="cuda", num_blocks=64, block_size=16
+    )
+    prompts = [[n + 1, n + 2, n + 3] for n in range(12)]
+    expected = model.generate(prompts, max_new_tokens=5, ignore_eos=True)
+    monkeypatch.setattr(engine_module, "MAX_PREFILL_TOKENS_CUDA", 10)
+    engine = engine_module.Engine(model)
+    launched, waited = [], []
+    launch, wait = engine.prefill_step, engine_module.Download.wait
+    monkeypatch.setattr(engine, "prefill_step", lambda requests: launched.append(len(waited)) or launch(requests))
+    monkeypatch.setattr(engine_module.Download, "wait", lambda download: waited.append(0) or wait(download))
+    requests = [engine_module.Request(prompt, 5, ignore_eos=True) for prompt in prompts]
+    assert engine.run(requests) == expected
+    assert launched == [0, 0, 1, 2]

@@ -93,6 +93,37 @@ def test_a_seed_draws_the_same_whatever_else_is_in_the_batch(reference):
     assert answers[0].token_ids == answers[1].token_ids == drawn(0, 5)
 
 
+def splitmix64(seed: int, count: int) -> float:
+    """Number `count` of the sequence of a seed, in plain Python."""
+
+    def mixed(bits: int) -> int:
+        bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) % 2**64
+        return bits ^ (bits >> 31)
+
+    return (mixed((mixed(seed) + (count + 1) * 0x9E3779B97F4A7C15) % 2**64) >> 11) * 2.0**-53
+
+
+def test_the_numbers_of_a_seed_depend_on_it_and_on_the_tokens_drawn_so_far_alone():
+    seeds = [0, 1, 7, None, 2**63 - 1]
+    rows = SamplingRows([Sampling(1.0, seed=seed) for seed in seeds], torch.device("cpu"), [0, 3, 0, 0, 100])
+    drawn = [rows.uniforms().squeeze(1).tolist() for _ in range(200)]
+    for step, numbers in enumerate(drawn):
+        for row, first in ((0, 0), (1, 3), (2, 0), (4, 100)):
+            assert numbers[row] == splitmix64(seeds[row], first + step)
+    assert len({numbers[3] for numbers in drawn}) == 200
+    assert abs(sum(numbers[0] for numbers in drawn) / 200 - 0.5) < 0.1
+
+
+def test_no_greedy_token_is_looked_for_where_every_row_is_drawn(monkeypatch):
+    logits = torch.randn(3, 11)
+    sampler = Sampler()
+    monkeypatch.setattr(sampler, "_greedy", None)
+    assert len(sampler.choose(logits, SamplingRows([Sampling(1.0)] * 3, logits.device))) == 3
+    with pytest.raises(TypeError):
+        sampler.choose(logits, SamplingRows([Sampling(1.0), Sampling(0.0), Sampling(1.0)], logits.device))
+
+
 def left_out(probabilities: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     """The distribution of top_k and then top_p, token by token in float64."""
     kept = torch.zeros_like(probabilities)

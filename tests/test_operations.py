@@ -46,13 +46,15 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_argmax_follows_torch_on_what_is_not_finite(dtype: torch.dtype, device: str) -> None:
-    x = torch.randn(7, 700, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randn(8, 700, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[1] = -math.inf
     x[2, [600, 650]] = math.inf
     x[3, [300, 310]] = math.nan
     x[4, 699] = math.nan
     x[5] = -x[5].abs() - 1
     x[6, 695] = math.nan  # in the part of the row that fills no vector
+    x[7] = x[7].abs().neg().clamp(max=-1)
+    x[7, [100, 200]] = torch.tensor([-0.0, 0.0], dtype=dtype)  # equal: the first counts
     output = torch.classes.ModelTorch.Operation("ArgmaxRows", {}).run([x.to(device)])[0]
     assert output.tolist() == x.argmax(dim=1).tolist()
 

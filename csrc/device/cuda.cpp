@@ -7,9 +7,9 @@
 
 #include "core/check.h"
 #include "core/environment.h"
+#include "device/cuda_staging.h"
 #include "graph/trace.h"
 #include "ops/read_memory.h"
-#include "ops/stage_rows.h"
 
 namespace modeltorch {
 namespace {
@@ -23,12 +23,6 @@ const bool registered = register_session(
 size_t aligned(size_t bytes) {
   return (bytes + 255) / 256 * 256;
 }
-
-// Frees what a captured graph holds while its launches may still run: the driver waits where it must.
-struct GraphDeleter {
-  void operator()(cudaGraphExec_t graph) const { cudaGraphExecDestroy(graph); }
-};
-using CudaGraph = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, GraphDeleter>;
 
 }  // namespace
 
@@ -82,42 +76,6 @@ void CudaFaults::raise() {
 // ---- sessions
 // ----------------------------------------------------------------------------------------------
 
-// A plan's static inputs and its captured graph.
-class CudaSession::StagedPlan final : public Plan::SessionState {
- public:
-  explicit StagedPlan(CudaSession& session) : session_(session) {}
-  ~StagedPlan() override { drop(); }
-
-  void drop() {
-    if (graph) --session_.held_graphs_;
-    graph.reset();
-    session_.graph_bytes_ -= bytes;
-    bytes = 0;
-  }
-
-  // What a captured graph holds by address.
-  struct Captured {
-    int64_t version = -1;
-    const void* arena = nullptr;
-    const void* inputs = nullptr;
-    std::vector<std::pair<const void*, int64_t>> tables;  ///< inputs that no count follows, with their rows
-    std::vector<int64_t> widths;
-
-    friend bool operator==(const Captured&, const Captured&) = default;
-  };
-
-  CudaMemoryPtr inputs;
-  size_t input_bytes = 0;
-  std::vector<int64_t> widths;  ///< columns that each staged input has room for
-  cudaStream_t stream = nullptr;
-  Captured captured;
-  CudaGraph graph;
-  int64_t bytes = 0;
-
- private:
-  CudaSession& session_;
-};
-
 CudaSession::CudaSession(Device device) : DeviceSession(device) {}
 
 CudaSession::~CudaSession() {
@@ -134,8 +92,8 @@ void CudaSession::settle() {
 std::map<std::string, int64_t> CudaSession::counters() const {
   return {{"captures", captures_},
           {"replays", replays_},
-          {"captured_graphs", held_graphs_},
-          {"captured_bytes", graph_bytes_ + static_cast<int64_t>(output_bytes_)}};
+          {"captured_graphs", held_.graphs},
+          {"captured_bytes", held_.bytes + static_cast<int64_t>(output_bytes_)}};
 }
 
 bool CudaSession::is_capturing(cudaStream_t stream) const {
@@ -179,11 +137,7 @@ void CudaSession::run(Plan& plan, const StepInfo& step) {
 
 namespace {
 
-bool is_staged(const Plan& plan, int32_t value) {
-  return plan.graph().values[value].kind == ValueKind::kInput && plan.desc(value).rows != Rows::kFixed;
-}
-
-// The first node that writes an output: it and those after it are launched outside of captured graphs.
+// The first node that writes an output: what is launched from there on depends on where the outputs are.
 size_t first_output_node(const Graph& graph) {
   for (size_t index = 0; index < graph.nodes.size(); ++index) {
     for (const Value value : graph.nodes[index].outputs) {
@@ -193,142 +147,98 @@ size_t first_output_node(const Graph& graph) {
   return graph.nodes.size();
 }
 
+// The parts of a captured step that are updated.
+constexpr size_t kStaging = 0;
+constexpr size_t kOutputs = 2;
+
 }  // namespace
 
 void CudaSession::run_staged(Plan& plan, const StepInfo& step) {
-  if (!plan.session_state()) plan.session_state() = std::make_unique<StagedPlan>(*this);
+  if (!plan.session_state()) plan.session_state() = std::make_unique<StagedPlan>(held_);
   auto& staged = dynamic_cast<StagedPlan&>(*plan.session_state());
   const Bucket& bucket = plan.bucket();
-  StepInfo padded{bucket.tokens, bucket.sequences, bucket.logit_rows, {}};
-
-  // Inputs: room for them, then one launch that copies and pads them.
-  StageRows stage;
-  size_t bytes = 0;
-  size_t index = 0;
-  StagedPlan::Captured now{plan.bound_version(), plan.arena(), nullptr, {}, {}};
-  for (const int32_t value : plan.step_values()) {
-    TensorView& view = plan.view(value);
-    if (plan.graph().values[value].kind != ValueKind::kInput) continue;
-    if (!is_staged(plan, value)) {
-      now.tables.emplace_back(view.data, view.dims[0]);
-      continue;
-    }
-    const int64_t rows = view.dims[0];
-    int64_t columns = 1;
-    for (int axis = 1; axis < view.dims.rank(); ++axis) columns *= view.dims[axis];
-    if (staged.widths.size() <= index) staged.widths.push_back(0);
-    int64_t& width = staged.widths[index++];
-    if (columns > width) width = view.dims.rank() == 1 ? 1 : std::max(columns, 2 * width);
-    const int64_t padded_rows = padded.rows(plan.desc(value).rows);
-    const auto unit = static_cast<int64_t>(dtype_size(view.dtype));
-    check(stage.count < StageRows::kMaxParts, "a step has at most ", StageRows::kMaxParts,
-          " inputs with rows");
-    stage.parts[stage.count++] = {.from = view.data,
-                                  .to = nullptr,
-                                  .offset = bytes,
-                                  .rows = rows,
-                                  .columns = columns * unit / 2,
-                                  .padded_rows = padded_rows,
-                                  .padded_columns = width * unit / 2,
-                                  .padding = plan.graph().values[value].padding};
-    bytes += aligned(static_cast<size_t>(padded_rows * width * unit));
-    if (view.dims.rank() == 2) view.dims[1] = width;
-    view.dims[0] = padded_rows;
-  }
-  if (bytes > staged.input_bytes || !staged.inputs) {
-    staged.inputs = cuda_host().allocate(bytes, device().index);
-    staged.input_bytes = bytes;
-  } else if (staged.stream != stream_) {
-    staged.inputs->use_on_current_stream();
-  }
-  staged.stream = stream_;
-  index = 0;
-  for (const int32_t value : plan.step_values()) {
-    if (!is_staged(plan, value)) continue;
-    StageRows::Part& part = stage.parts[index++];
-    part.to = staged.inputs->data() + part.offset;
-    plan.view(value).data = part.to;
-  }
-  now.inputs = staged.inputs->data();
-  now.widths = staged.widths;
-  stage_rows(stage, stream_);
-
-  const size_t end = first_output_node(plan.graph());
+  const StepInfo padded{bucket.tokens, bucket.sequences, bucket.logit_rows, {}};
   const bool one_by_one = tracing() || environment().blocking || is_capturing(stream_);
+  staged.stage(plan, padded, device(), stream_);
   plan.set_counts(padded);
-  if (one_by_one) {
-    run_nodes(plan, padded, 0, end, stream_);
-  } else if (staged.graph && now == staged.captured) {
-    check_cuda(cudaGraphLaunch(staged.graph.get(), stream_), "cudaGraphLaunch");
-    ++replays_;
-  } else {
-    run_nodes(plan, padded, 0, end, stream_);  // loads every kernel, which a capture must not do
-    staged.drop();
-    staged.captured = std::move(now);
-    capture(plan, staged, padded, end);
+  const size_t begin = one_by_one ? 0 : staged.take_gathers(plan, fault(CudaFault::kRow));
+  const size_t end = first_output_node(plan.graph());
+  const std::vector<Output> outputs = bind_outputs(plan);
+  const CudaGraph::Part parts[] = {
+      {.launch = [&](cudaStream_t stream) { staged.launch(stream); }},
+      // Kernels look at what was staged while those in front of them still run.
+      {.launch = [&](cudaStream_t stream) { run_nodes(plan, padded, begin, end, stream); }, .waits = true},
+      {.launch = [&](cudaStream_t stream) { run_nodes(plan, padded, end, plan.node_count(), stream); }},
+  };
+  if (one_by_one || !replay(plan, staged, parts)) {
+    for (const CudaGraph::Part& part : parts) part.launch(stream_);
+    if (!one_by_one) capture(plan, staged, parts);  // now that every kernel is loaded
   }
-  for (const int32_t value : plan.step_values()) {
-    if (plan.graph().values[value].kind != ValueKind::kOutput) continue;
-    const TensorView given =
-        bind_output(plan, value, step.rows(plan.desc(value).rows) == padded.rows(plan.desc(value).rows));
-    run_nodes(plan, padded, end, plan.node_count(), stream_);
-    copy_output(plan.view(value), given);
-  }
+  copy_outputs(plan, outputs);
 }
 
 // Lets the nodes write to memory with all rows of the bucket: the caller's, if it has them, else our own.
-TensorView CudaSession::bind_output(Plan& plan, int32_t value, bool is_full) {
-  const TensorView given = plan.view(value);
-  if (is_full) return given;
-  const size_t bytes = plan.desc(value).bytes();
+std::vector<CudaSession::Output> CudaSession::bind_outputs(Plan& plan) {
+  std::vector<Output> outputs;
+  size_t bytes = 0;
+  for (const int32_t value : plan.step_values()) {
+    if (plan.graph().values[value].kind != ValueKind::kOutput) continue;
+    outputs.push_back({value, plan.view(value)});
+    if (plan.view(value).dims != plan.desc(value).dims) bytes += aligned(plan.desc(value).bytes());
+  }
   if (bytes > output_bytes_) {
     output_.reset();
     output_bytes_ = 0;
     output_ = cuda_host().allocate(bytes, device().index);
     output_bytes_ = bytes;
   }
-  plan.view(value) = {output_->data(), given.dtype, plan.desc(value).dims};
-  return given;
+  size_t offset = 0;
+  for (const Output& output : outputs) {
+    const TensorDesc& desc = plan.desc(output.value);
+    if (output.given.dims == desc.dims) continue;
+    plan.view(output.value) = {output_->data() + offset, desc.dtype, desc.dims};
+    offset += aligned(desc.bytes());
+  }
+  return outputs;
 }
 
-void CudaSession::copy_output(const TensorView& from, const TensorView& to) {
-  if (from.data == to.data) return;
-  check_cuda(cudaMemcpyAsync(to.data, from.data, to.bytes(), cudaMemcpyDeviceToDevice, stream_),
-             "cudaMemcpyAsync");
+void CudaSession::copy_outputs(Plan& plan, std::span<const Output> outputs) {
+  for (const Output& output : outputs) {
+    const void* from = plan.view(output.value).data;
+    if (from == output.given.data) continue;
+    check_cuda(
+        cudaMemcpyAsync(output.given.data, from, output.given.bytes(), cudaMemcpyDeviceToDevice, stream_),
+        "cudaMemcpyAsync");
+  }
 }
 
-void CudaSession::capture(Plan& plan, StagedPlan& staged, const StepInfo& step, size_t end) {
+// Returns false if there is no graph that fits.
+bool CudaSession::replay(Plan& plan, StagedPlan& staged, std::span<const CudaGraph::Part> parts) {
+  CudaGraph* graph = staged.graph();
+  if (graph == nullptr || !graph->update(kStaging, parts[kStaging], capture_stream_)) return false;
+  if (staged.exchange_outputs(plan) && !graph->update(kOutputs, parts[kOutputs], capture_stream_))
+    return false;
+  graph->replay(stream_);
+  ++replays_;
+  return true;
+}
+
+void CudaSession::capture(Plan& plan, StagedPlan& staged, std::span<const CudaGraph::Part> parts) {
   if (capture_stream_ == nullptr)
     check_cuda(cudaStreamCreateWithFlags(&capture_stream_, cudaStreamNonBlocking),
                "cudaStreamCreateWithFlags");
+  staged.drop();
   size_t free_before = 0;
   size_t free_after = 0;
   size_t total = 0;
   cudaMemGetInfo(&free_before, &total);
-  // Relaxed: other threads may allocate meanwhile.
-  check_cuda(cudaStreamBeginCapture(capture_stream_, cudaStreamCaptureModeRelaxed), "cudaStreamBeginCapture");
-  cudaGraph_t recorded = nullptr;
-  try {
-    run_nodes(plan, step, 0, end, capture_stream_);
-  } catch (...) {
-    cudaStreamEndCapture(capture_stream_, &recorded);
-    if (recorded != nullptr) cudaGraphDestroy(recorded);
-    cudaGetLastError();
-    throw;
-  }
-  check_cuda(cudaStreamEndCapture(capture_stream_, &recorded), "cudaStreamEndCapture");
-  cudaGraphExec_t made = nullptr;
-  const cudaError_t code = cudaGraphInstantiate(&made, recorded, 0);
-  cudaGraphDestroy(recorded);
-  check_cuda(code, "cudaGraphInstantiate");
-  staged.graph.reset(made);
-  check_cuda(cudaGraphUpload(made, stream_), "cudaGraphUpload");
+  auto graph = std::make_unique<CudaGraph>(parts, capture_stream_);
+  graph->upload(stream_);
   cudaMemGetInfo(&free_after, &total);
-  staged.bytes = free_before > free_after ? static_cast<int64_t>(free_before - free_after) : 0;
-  staged.bytes += static_cast<int64_t>(staged.input_bytes);
-  graph_bytes_ += staged.bytes;
+  staged.exchange_outputs(plan);
+  staged.keep(std::move(graph),
+              free_before > free_after ? static_cast<int64_t>(free_before - free_after) : 0);
   ++captures_;
-  ++held_graphs_;
 }
 
 // ---- the fastest of several ways --------------------------------------------------------------------------

@@ -14,6 +14,7 @@
 #include "core/dtype.h"
 #include "device/cuda_check.h"
 #include "device/cuda_gemm.h"
+#include "device/cuda_graph.h"
 #include "graph/plan.h"
 #include "graph/session.h"
 
@@ -67,16 +68,25 @@ class CudaFaults {
   int32_t* on_device_ = nullptr;
 };
 
+/// The captured graphs of a session.
+struct HeldGraphs {
+  int64_t graphs = 0;
+  int64_t bytes = 0;  ///< with their static buffers
+};
+
+class StagedPlan;
+
 /// One object on a CUDA device: the caller's current stream, the faults that its kernels found, and captured
 /// graphs of the plans that can be padded.
 ///
 /// The stream is read at every step. After a switch the new stream waits, on the device, for what the object
-/// launched on the old one. A plan whose graph says can_pad runs at the sizes of its bucket: one launch
-/// copies the step's inputs into static buffers and pads them, then the nodes run as a captured graph, and
-/// those that write outputs after it, straight into the caller's tensors where these have the bucket's rows.
-/// Tables, weights and caches are captured by address; a step that brings others captures anew. Under the
-/// caller's own capture, a profiler, MODELTORCH_TRACE or MODELTORCH_BLOCKING the same launches are made one
-/// by one.
+/// launched on the old one. A plan whose graph says can_pad runs at the sizes of its bucket, as one captured
+/// graph of three parts: a launch that copies the step's inputs into static buffers, pads them and gathers
+/// the rows of tables that they name; the nodes; and those that write outputs, straight into the caller's
+/// tensors where these have the bucket's rows. The first part is updated in every step, the last where the
+/// outputs are elsewhere than in the step before. Tables, weights and caches are captured by address; a step
+/// that brings others captures anew. Under the caller's own capture, a profiler, MODELTORCH_TRACE or
+/// MODELTORCH_BLOCKING the same nodes are launched one by one.
 class CudaSession final : public DeviceSession {
  public:
   explicit CudaSession(Device device);
@@ -98,16 +108,21 @@ class CudaSession final : public DeviceSession {
   void run_fastest(const std::vector<int64_t>& key, std::span<const Way> ways, void* stream);
 
  private:
-  class StagedPlan;
+  // An output of a plan, and the caller's tensor.
+  struct Output {
+    int32_t value = -1;
+    TensorView given;
+  };
 
   void follow_current_stream();
   bool is_capturing(cudaStream_t stream) const;
   size_t measure(std::span<const Way> ways, cudaStream_t stream);
   void run_nodes(Plan& plan, const StepInfo& step, size_t begin, size_t end, cudaStream_t stream);
   void run_staged(Plan& plan, const StepInfo& step);
-  TensorView bind_output(Plan& plan, int32_t value, bool is_full);
-  void copy_output(const TensorView& from, const TensorView& to);
-  void capture(Plan& plan, StagedPlan& staged, const StepInfo& step, size_t end);
+  std::vector<Output> bind_outputs(Plan& plan);
+  void copy_outputs(Plan& plan, std::span<const Output> outputs);
+  bool replay(Plan& plan, StagedPlan& staged, std::span<const CudaGraph::Part> parts);
+  void capture(Plan& plan, StagedPlan& staged, std::span<const CudaGraph::Part> parts);
 
   CudaFaults faults_;
   CudaGemm gemm_;
@@ -121,8 +136,7 @@ class CudaSession final : public DeviceSession {
   std::map<std::vector<int64_t>, size_t> fastest_;  ///< way, by key
   int64_t captures_ = 0;
   int64_t replays_ = 0;
-  int64_t held_graphs_ = 0;
-  int64_t graph_bytes_ = 0;
+  HeldGraphs held_;
 };
 
 /// The session that a CUDA kernel is set up for.

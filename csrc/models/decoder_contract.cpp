@@ -32,6 +32,16 @@ constexpr const char* kInputNames[] = {"input_ids", "position_ids",   "cos_table
                                        "sin_table", "attention_mask", "block_tables",
                                        "slots",     "seq_len",        "logits_indices"};
 
+// The name of an input in messages, put together only where one is written.
+struct Label {
+  int position;
+  DecoderInput input;
+
+  friend std::ostream& operator<<(std::ostream& out, const Label& label) {
+    return out << "input " << label.position << " (" << kInputNames[static_cast<int>(label.input)] << ")";
+  }
+};
+
 // The named tensors of one call, and the checks on them. Lives as long as the call.
 class StepDoor {
  public:
@@ -58,9 +68,7 @@ class StepDoor {
   const GivenTensor& given(DecoderInput input) const { return given_[position(input)]; }
   const TensorView& view(DecoderInput input) const { return given(input).view; }
 
-  std::string label(DecoderInput input) const {
-    return concat("input ", position(input), " (", kInputNames[static_cast<int>(input)], ")");
-  }
+  Label label(DecoderInput input) const { return {position(input), input}; }
 
   void check_count() const {
     check(given_.size() == order_.positions.size(), "execute takes ", order_.positions.size(),
@@ -92,9 +100,13 @@ class StepDoor {
     StepInfo& info = step_.info;
     info.sequence_lengths.reserve(found->size());
     for (const nlohmann::json& length : *found) {
-      check(length.is_number_integer() && length >= 1 && length <= INT32_MAX,
-            "parameter seqLen must hold whole numbers of at least 1, got ", length.dump());
-      info.sequence_lengths.push_back(length.get<int32_t>());
+      // One beyond the range of int64_t comes out negative.
+      const int64_t value = length.is_number_integer() ? length.get<int64_t>() : 0;
+      if (value < 1 || value > INT32_MAX) {
+        fail(ErrorKind::kValue, "parameter seqLen must hold whole numbers of at least 1, got ",
+             length.dump());
+      }
+      info.sequence_lengths.push_back(static_cast<int32_t>(value));
     }
     info.sequences = static_cast<int64_t>(info.sequence_lengths.size());
   }
@@ -107,7 +119,7 @@ class StepDoor {
       fits = expected[axis] == -1 || expected[axis] == tensor.view.dims[axis];
     }
     check(fits, label(input), " must be ", TensorDesc{dtype, expected}, " (-1: any size), got ", tensor.view);
-    check_place(tensor, label(input), limits_.device, " as the weights are");
+    check_place(tensor, limits_.device, " as the weights are", label(input));
     step_.inputs[static_cast<int>(input)] = tensor.view;
   }
 

@@ -185,7 +185,7 @@ ResolvedWeights resolve_weights(const std::vector<WeightSpec>& specs, std::span<
     check_shape(spec, weight.view, resolved.sizes);
     check(dtype == resolved.dtype, label(spec), " must be ", resolved.dtype,
           " as the other weights are, got ", weight.view);
-    check_place(weight, label(spec), resolved.device, " as the other weights are");
+    check_place(weight, resolved.device, " as the other weights are", label(spec));
   }
   if (specs.front().name == "embedding.weight") {
     const int64_t vocab = resolved.sizes.at("vocab");

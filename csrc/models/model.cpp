@@ -4,11 +4,10 @@
 
 namespace modeltorch {
 
-void check_place(const GivenTensor& tensor, const std::string& label, Device device, const char* reason) {
+void fail_place(const GivenTensor& tensor, const std::string& label, Device device, const char* reason) {
   check(tensor.device == device, label, " must be on ", device, reason, ", got ", tensor.view, " on ",
         tensor.device);
-  check(tensor.layout == Layout::kContiguous, label, " must be contiguous, got a ", tensor.layout, " ",
-        tensor.view);
+  fail(ErrorKind::kValue, label, " must be contiguous, got a ", tensor.layout, " ", tensor.view);
 }
 
 }  // namespace modeltorch

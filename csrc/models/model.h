@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "core/check.h"
 #include "core/device.h"
 #include "core/tensor_view.h"
 #include "graph/graph.h"
@@ -30,9 +31,17 @@ struct GivenTensor {
   Layout layout = Layout::kContiguous;
 };
 
-/// Throws unless the tensor is contiguous and lies on `device`. `label` names it; `reason` says why that
-/// device.
-void check_place(const GivenTensor& tensor, const std::string& label, Device device, const char* reason);
+/// Throws that a tensor must be contiguous on `device`. `label` names it; `reason` says why that device.
+[[noreturn]] void fail_place(const GivenTensor& tensor, const std::string& label, Device device,
+                             const char* reason);
+
+/// Does so unless it is. The parts of the label are only put together on failure.
+template <class... Parts>
+void check_place(const GivenTensor& tensor, Device device, const char* reason, const Parts&... label) {
+  if (tensor.layout == Layout::kContiguous && tensor.device == device) [[likely]]
+    return;
+  fail_place(tensor, concat(label...), device, reason);
+}
 
 /// One size of a weight: a number, or a name for a size that the weights themselves decide ("vocab").
 struct WeightDim {

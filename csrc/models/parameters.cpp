@@ -44,6 +44,26 @@ std::string shown(const json& value) {
   return text;
 }
 
+// Counts brackets outside of strings: the parser alone would find out only by being there.
+bool nests_too_deep(std::string_view text) {
+  int depth = 0;
+  bool in_string = false;
+  for (size_t at = 0; at < text.size(); ++at) {
+    const char letter = text[at];
+    if (in_string) {
+      if (letter == '\\') ++at;
+      in_string = letter != '"';
+    } else if (letter == '[' || letter == '{') {
+      if (++depth > kMaxJsonDepth) return true;
+    } else if (letter == ']' || letter == '}') {
+      --depth;
+    } else {
+      in_string = letter == '"';
+    }
+  }
+  return false;
+}
+
 void resolve_alias(json& object, const KeyRule& rule) {
   const auto given = object.find(rule.key);
   if (rule.policy != KeyPolicy::kAlias || given == object.end()) return;
@@ -90,15 +110,11 @@ json parse_object(const std::string& text, std::string_view what) {
   check(!text.empty(), what, " must be a JSON object, got an empty string");
   check(text.size() <= kMaxJsonLength, what, " must be at most ", kMaxJsonLength, " characters long, got ",
         text.size());
-  bool too_deep = false;
-  const auto watch_depth = [&](int depth, json::parse_event_t, json&) {
-    too_deep = too_deep || depth > kMaxJsonDepth;
-    return !too_deep;
-  };
-  const json object = json::parse(text, watch_depth, false);
-  check(!too_deep, what, " must not nest deeper than ", kMaxJsonDepth, " levels");
-  check(!object.is_discarded(), what, " must be a JSON object, got invalid JSON: ", text.substr(0, 60));
-  check(object.is_object(), what, " must be a JSON object, got ", shown(object));
+  check(!nests_too_deep(text), what, " must not nest deeper than ", kMaxJsonDepth, " levels");
+  json object = json::parse(text, nullptr, false);
+  if (object.is_discarded())
+    fail(ErrorKind::kValue, what, " must be a JSON object, got invalid JSON: ", text.substr(0, 60));
+  if (!object.is_object()) fail(ErrorKind::kValue, what, " must be a JSON object, got ", shown(object));
   return object;
 }
 

@@ -221,7 +221,7 @@ void QwenModel::accept_caches(std::span<const GivenTensor> keys, std::span<const
       check(cache_view(tensors[layer]).dims == first.dims, name, layer, " must be ", keys[0].view,
             " as key cache 0 is, got ", view);
       check(view.dtype == dtype, name, layer, " must be ", dtype, reason, ", got ", view);
-      check_place(tensors[layer], concat(name, layer), device, reason);
+      check_place(tensors[layer], device, reason, name, layer);
     }
   }
   check(first.dims[0] * first.dims[1] <= INT32_MAX, "a cache must have at most ", INT32_MAX,

@@ -1,95 +1,133 @@
 #include "ops/argmax_rows.h"
 
+#include <cooperative_groups.h>
+
 #include "ops/cuda_kernel.cuh"
+#include "ops/decode_launch.cuh"
+#include "ops/decode_ptx.cuh"
 
 namespace modeltorch {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kParts = 32;  // of a row, so that one row keeps many multiprocessors busy
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kLoads = 4;  // of 16 bytes that a thread has on the way
+constexpr int kMostParts = 8;
 
-// A value with its place. NaN is the largest; of equals the first counts.
-struct Candidate {
-  float value;
-  int64_t index;  // -1: none
+// A value and its place as one number, in which the larger value is the larger number, NaN the largest of
+// all, and the first of equals the larger. 0 stands for none.
+using Key = unsigned long long;
+
+__device__ __forceinline__ uint32_t rank_of(float value) {
+  if (value != value) return ~0u;
+  const uint32_t bits = __float_as_uint(value + 0.0f);  // -0 equals 0
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ Key larger(Key a, Key b) {
+  return a > b ? a : b;
+}
+
+__device__ __forceinline__ Key warp_largest(Key key) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2)
+    key = larger(key, __shfl_xor_sync(~0u, key, offset));
+  return key;
+}
+
+struct ArgmaxParams {
+  const void* x;
+  int64_t* y;
+  uint32_t size;
+  int parts;  // blocks that share a row: a cluster
 };
 
-__device__ __forceinline__ Candidate better(const Candidate& a, const Candidate& b) {
-  if (a.index < 0) return b;
-  if (b.index < 0) return a;
-  const bool a_nan = a.value != a.value;
-  const bool b_nan = b.value != b.value;
-  if (a_nan != b_nan) return a_nan ? a : b;
-  if (a_nan || a.value == b.value) return a.index < b.index ? a : b;
-  return a.value > b.value ? a : b;
-}
-
-__device__ __forceinline__ Candidate warp_best(Candidate mine) {
+// The largest element of this block's share of a row. N elements come with one load.
+template <class T, int N>
+__device__ __forceinline__ Key thread_largest(const T* row, uint32_t size, int part, int parts) {
+  struct alignas(N * sizeof(T)) Load {
+    T values[N];
+  };
+  const auto* loads = reinterpret_cast<const Load*>(row);
+  const uint32_t count = size / N, step = parts * kThreads;
+  uint32_t best = 0, place = 0;
+  for (uint32_t first = part * kThreads + threadIdx.x; first < count; first += kLoads * step) {
+    Load held[kLoads];
 #pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    const Candidate other{
-        __shfl_xor_sync(~0u, mine.value, offset),
-        static_cast<int64_t>(__shfl_xor_sync(~0u, static_cast<long long>(mine.index), offset))};
-    mine = better(mine, other);
+    for (int i = 0; i < kLoads; ++i) {
+      if (first + i * step < count) held[i] = loads[first + i * step];
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (first + i * step >= count) break;
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const uint32_t rank = rank_of(to_float(held[i].values[j]));
+        if (rank <= best) continue;
+        best = rank;
+        place = (first + i * step) * N + j;
+      }
+    }
   }
-  return mine;
+  return best == 0 ? 0 : static_cast<Key>(best) << 32 | ~place;
 }
 
-// Grid: parts, rows. The best of each part of each row.
-template <class T>
-__global__ void __launch_bounds__(kThreads) part_kernel(const T* x, int64_t size, Candidate* best) {
-  __shared__ Candidate of_warp[kThreads / kWarpSize];
-  const int64_t part_size = (size + kParts - 1) / kParts;
-  const int64_t begin = blockIdx.x * part_size;
-  const int64_t end = begin + part_size < size ? begin + part_size : size;
-  const T* row = x + blockIdx.y * size;
-  Candidate mine{0.0f, -1};
-  for (int64_t at = begin + threadIdx.x; at < end; at += kThreads)
-    mine = better(mine, {to_float(row[at]), at});
-  mine = warp_best(mine);
-  if (threadIdx.x % kWarpSize == 0) of_warp[threadIdx.x / kWarpSize] = mine;
+// Grid: parts of the first row, parts of the second, ...
+template <class T, int N>
+__global__ void __launch_bounds__(kThreads) argmax_kernel(const __grid_constant__ ArgmaxParams p) {
+  __shared__ Key of_warp[kWarps];
+  __shared__ Key of_block[kMostParts];
+  const uint32_t row = blockIdx.x / p.parts;
+  const int part = static_cast<int>(blockIdx.x % p.parts);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  ptx::wait_for_dependencies();
+  Key key = thread_largest<T, N>(static_cast<const T*>(p.x) + static_cast<int64_t>(row) * p.size, p.size,
+                                 part, p.parts);
+  key = warp_largest(key);
+  if (lane == 0) of_warp[warp] = key;
   __syncthreads();
-  if (threadIdx.x >= kWarpSize) return;
-  constexpr int kWarps = kThreads / kWarpSize;
-  mine = warp_best(threadIdx.x < kWarps ? of_warp[threadIdx.x] : Candidate{0.0f, -1});
-  if (threadIdx.x == 0) best[blockIdx.y * kParts + blockIdx.x] = mine;
-}
-
-// A warp a row.
-__global__ void __launch_bounds__(kWarpSize) join_kernel(const Candidate* best, int64_t* y) {
-  static_assert(kParts == kWarpSize);
-  const Candidate winner = warp_best(best[blockIdx.x * kParts + threadIdx.x]);
-  if (threadIdx.x == 0) y[blockIdx.x] = winner.index;
+  if (warp == 0) key = warp_largest(lane < kWarps ? of_warp[lane] : 0);
+#if MODELTORCH_PTX_HOPPER
+  if (p.parts > 1) {
+    cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
+    cluster.sync();  // the first block has begun
+    if (threadIdx.x == 0) cluster.map_shared_rank(of_block, 0)[part] = key;
+    cluster.sync();
+    if (warp == 0) key = warp_largest(lane < p.parts ? of_block[lane] : 0);
+  }
+#endif
+  if (part == 0 && threadIdx.x == 0) p.y[row] = static_cast<uint32_t>(~key);
 }
 
 class ArgmaxRowsCuda final : public Kernel {
  public:
-  explicit ArgmaxRowsCuda(const KernelSetup& setup)
-      : dtype_(setup.inputs[0].dtype), rows_(setup.inputs[0].dims[0]) {
+  explicit ArgmaxRowsCuda(const KernelSetup& setup) : dtype_(setup.inputs[0].dtype) {
     for_type(dtype_, [](auto) {});
   }
-
-  size_t workspace_bytes() const override { return static_cast<size_t>(rows_ * kParts) * sizeof(Candidate); }
 
   void run(const KernelArgs& args) override {
     const int64_t rows = args.in(0).dims[0];
     const int64_t size = args.in(0).dims[1];
     if (rows == 0) return;
-    check(rows <= 65535, "CUDA chooses among the elements of at most 65535 rows at once, got ", rows);
-    auto* best = static_cast<Candidate*>(args.workspace);
+    check(size <= INT32_MAX && rows <= INT32_MAX / kMostParts,
+          "CUDA chooses among fewer than 2^31 elements in fewer than 2^28 rows, got ", args.in(0));
+    ArgmaxParams params{args.in(0).data, args.out(0).as<int64_t>(), static_cast<uint32_t>(size), 1};
+    const DecodeDevice& device = decode_device();
+    while (device.hopper && params.parts < kMostParts && 2 * params.parts * rows <= device.multiprocessors &&
+           size > params.parts * kThreads) {
+      params.parts *= 2;
+    }
     for_type(dtype_, [&](auto type) {
       using T = Pointee<decltype(type)>;
-      const dim3 grid(kParts, static_cast<unsigned>(rows));
-      part_kernel<<<grid, kThreads, 0, stream_of(args)>>>(args.in(0).as<const T>(), size, best);
-      check_launch("ArgmaxRows");
+      const bool wide = packs_fit<T>(size, params.x);
+      launch_kernel(wide ? argmax_kernel<T, Pack<T>::kSize> : argmax_kernel<T, 1>, params,
+                    dim3(static_cast<unsigned>(params.parts * rows)), kThreads, 0, params.parts, args.stream,
+                    "ArgmaxRows");
     });
-    join_kernel<<<blocks_for(rows, 1), kWarpSize, 0, stream_of(args)>>>(best, args.out(0).as<int64_t>());
-    check_launch("ArgmaxRows");
   }
 
  private:
   DType dtype_;
-  int64_t rows_;
 };
 
 const bool registered = register_cuda<ArgmaxRows, ArgmaxRowsCuda>();

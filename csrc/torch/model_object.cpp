@@ -188,7 +188,7 @@ int64_t ModelObject::execute_out(const std::vector<at::Tensor>& inputs,
       const GivenTensor given = describe(outputs[index]);
       check(given.view.dims == expected[index].dims && given.view.dtype == expected[index].dtype, "output ",
             index, " must be ", expected[index], ", got ", given.view);
-      check_place(given, concat("output ", index), model().device(), "");
+      check_place(given, model().device(), "", "output ", index);
     }
     run(step, outputs);
     keep_in_flight(inputs);

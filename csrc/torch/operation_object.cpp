@@ -54,7 +54,7 @@ void OperationObject::prepare(const std::vector<at::Tensor>& tensors,
   check(!inputs.empty(), "expected at least one input, got none");
   std::vector<TensorDesc> descs;
   for (const GivenTensor& input : inputs) {
-    check_place(input, "every input", inputs[0].device, " as the first one is");
+    check_place(input, inputs[0].device, " as the first one is", "every input");
     descs.push_back({input.view.dtype, input.view.dims, Rows::kFixed});
   }
   if (device_ == inputs[0].device && is_prepared_for(tensors, descs)) return;
