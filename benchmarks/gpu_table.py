@@ -1,6 +1,6 @@
 """Prints README's table of a GPU from files of `modeltorch bench --json`, or puts it into README.
 
-    python benchmarks/gpu_table.py benchmarks/results/*.jsonl [--into README.md]
+    python benchmarks/gpu_table.py benchmarks/results/CARD.jsonl [--into README.md]
 
 Beside our medians (least to most) stand what this project set itself as a bar, what vLLM 0.26.0 took on an NVIDIA H100
 80GB HBM3, and the floor of that card: the bytes of a step at its read-only rate, or its operations at the rate that

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests, sanitises and measures on a machine with an NVIDIA GPU, in the Python that is given:
 #
-#   PYTHON=python3 tools/gpu_check.sh [build] [test] [sanitize] [bench] [plot]     default: all but plot, in this order
+#   PYTHON=python3 tools/gpu_check.sh [build] [test] [bench] [sanitize] [plot]     default: all but plot, in this order
 #
 # Needs torch for CUDA, its nvcc, ninja, nlohmann-json and the extra [test]; plot needs the extra [plot] too. Figures are
 # appended to benchmarks/results/<card>.jsonl, each with the card's name, driver, torch and commit, and README's table is
@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 jobs=${JOBS:-$(nproc)}
-steps=${*:-build test sanitize bench}
+steps=${*:-build test bench sanitize}
 shapes=${SHAPES:-qwen2.5-0.5b qwen2.5-7b}
 export PYTHONPATH=$PWD
 
@@ -64,7 +64,7 @@ bench() {
     "${run[@]}" --prefill-batch 1 --prompt-len 512,2048,8192 --decode-batch 1,8,32,128 --context 512 --requests 0
     "${run[@]}" --prefill-batch 8 --prompt-len 1024 --decode-batch 1 --context 8192 --requests 256
   done
-  "$python" benchmarks/gpu_table.py benchmarks/results/*.jsonl --into README.md
+  "$python" benchmarks/gpu_table.py "$results" --into README.md
   echo "== figures are in $results, the table in README.md"
   "$python" benchmarks/bench_execute.py --device cuda
 }
@@ -87,7 +87,7 @@ for step in $steps; do
     sanitize) sanitize ;;
     bench) bench ;;
     plot) plot ;;
-    *) echo "usage: tools/gpu_check.sh [build] [test] [sanitize] [bench] [plot]" >&2; exit 2 ;;
+    *) echo "usage: tools/gpu_check.sh [build] [test] [bench] [sanitize] [plot]" >&2; exit 2 ;;
   esac
 done
 echo "== all passed"
