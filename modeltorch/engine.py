@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import operator
+from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from itertools import chain, islice
+from typing import TYPE_CHECKING
 
 import torch
 
 from modeltorch.sampling import Sampler, Sampling, choosing_device, sampling_rows
+from modeltorch.transfer import Download, upload
 
 if TYPE_CHECKING:
     from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
 
 DEFAULT_NEW_TOKENS = 256
 MAX_PREFILL_TOKENS = 4096
+MAX_PREFILL_TOKENS_CUDA = 16384
 MAX_BATCH = 256
 
 
@@ -49,36 +51,20 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     finish_reason: str = ""
 
-    @cached_property
-    def prompt_tensor(self) -> torch.Tensor:
-        """int64 [len(prompt)]."""
-        return torch.tensor(self.prompt, dtype=torch.int64)
-
     @property
     def limit(self) -> int:
         """Most tokens that the sequence may grow to."""
         return len(self.prompt) + (self.max_new_tokens or 0)
 
 
-def _upload(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """Copies of host tensors on a device; to a GPU in one copy that the host does not wait for."""
-    if device.type != "cuda":
-        return [tensor.to(device) for tensor in tensors]
-    ends = list(accumulate(-(-tensor.nbytes // _UPLOAD_ALIGNMENT) * _UPLOAD_ALIGNMENT for tensor in tensors))
-    starts = [0, *ends[:-1]]
-    host = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
-
-    def part_of(memory: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
-        return memory[start : start + like.nbytes].view(like.dtype).view(like.shape)
-
-    for start, tensor in zip(starts, tensors, strict=True):
-        part_of(host, start, tensor).copy_(tensor)
-    memory = host.to(device, non_blocking=True)
-    return [part_of(memory, start, tensor) for start, tensor in zip(starts, tensors, strict=True)]
-
-
-_UPLOAD_ALIGNMENT = 256
 _PLANNED_STEPS = 64
+
+
+def _block_tables(requests: list[Request]) -> torch.Tensor:
+    """int32 [len(requests), width] on the host, filled up with block 0."""
+    width = max(len(request.blocks) for request in requests)
+    rows = [request.blocks + [0] * (width - len(request.blocks)) for request in requests]
+    return torch.tensor(rows, dtype=torch.int32)
 
 
 class DecodeBatch:
@@ -98,13 +84,13 @@ class DecodeBatch:
         device = choosing_device(device)
         self.requests = requests
         self.block_size = block_size
-        width = max(len(request.blocks) for request in requests)
-        rows = [request.blocks + [0] * (width - len(request.blocks)) for request in requests]
         self.host_lengths = [len(request.prompt) + len(request.new_tokens) for request in requests]
-        self._host_tables = torch.tensor(rows, dtype=torch.int32)
+        self._host_tables = _block_tables(requests)
         ids = torch.tensor([request.new_tokens[-1] for request in requests])
-        self.ids, self.tables = _upload((ids, self._host_tables), device)
-        self.sampling = sampling_rows([request.sampling for request in requests], device)
+        self.ids, self.tables = upload((ids, self._host_tables), device)
+        self.sampling = sampling_rows(
+            [request.sampling for request in requests], device, [len(request.new_tokens) for request in requests]
+        )
         self.device = device
         self._step = _PLANNED_STEPS
         self._positions = self._slots = self._lengths = self.ids
@@ -119,7 +105,7 @@ class DecodeBatch:
         blocks = self._host_tables.to(torch.int64).gather(1, columns.t()).t()
         slots = blocks * self.block_size + positions % self.block_size
         planned = (positions, slots.to(torch.int32).contiguous(), lengths.to(torch.int32))
-        self._positions, self._slots, self._lengths = _upload(planned, device)
+        self._positions, self._slots, self._lengths = upload(planned, device)
         self._step = 0
 
     def step_tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -135,19 +121,15 @@ class DecodeBatch:
         self._step += 1
 
 
-class _TokensOnTheirWay:
-    """The tokens of a step, on their way from the GPU to the host."""
+class _Read:
+    """Tokens that have been read already, in the form of a Download."""
 
-    def __init__(self, tokens: torch.Tensor) -> None:
-        self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        self._host.copy_(tokens, non_blocking=True)
-        self._copied: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._copied.record(torch.cuda.current_stream(tokens.device))
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens
 
     def wait(self) -> list[int]:
-        """Waits for them."""
-        self._copied.synchronize()
-        return [int(token) for token in self._host.tolist()]
+        """Returns them."""
+        return self._tokens
 
 
 class Engine:
@@ -196,12 +178,8 @@ class Engine:
         batch: DecodeBatch | None = None
         try:
             while waiting or batch is not None:
-                admitted = self._admit(waiting, len(batch.requests) if batch else 0)
-                if admitted:
-                    self._prefill(admitted)
-                elif batch is not None and batch.device.type == "cuda":
-                    self._decode_ahead(batch)
-                else:
+                admitted = self._prefill(waiting, len(batch.requests) if batch else 0)
+                if not admitted:
                     assert batch is not None  # an empty engine admits any request that check() let pass
                     self._decode(batch)
                 batch = self._regroup(batch, admitted)
@@ -234,8 +212,8 @@ class Engine:
     def _check_tokens(self, tokens: list[int]) -> None:
         if not tokens:
             raise ValueError("a prompt must have at least one token, got none")
-        outside = next((token for token in tokens if not 0 <= token < self.model.vocab_size), None)
-        if outside is not None:
+        if min(tokens) < 0 or max(tokens) >= self.model.vocab_size:
+            outside = next(token for token in tokens if not 0 <= token < self.model.vocab_size)
             raise ValueError(f"token ids must be in [0, {self.model.vocab_size}), got {outside}")
 
     def _check_fits(self, tokens: int) -> None:
@@ -249,57 +227,67 @@ class Engine:
     def _admit(self, waiting: deque[Request], running: int) -> list[Request]:
         """Takes from the front what fits the batch, the cache and one prefill; at least one if nothing runs."""
         admitted: list[Request] = []
+        most = MAX_PREFILL_TOKENS_CUDA if self.model.device.type == "cuda" else MAX_PREFILL_TOKENS
         tokens = 0
         while waiting and running + len(admitted) < MAX_BATCH:
             request = waiting[0]
             needed = self.cache.blocks_needed(request.limit)
             tokens += len(request.prompt)
-            if needed > self.cache.free_blocks or (admitted and tokens > MAX_PREFILL_TOKENS):
+            if needed > self.cache.free_blocks or (admitted and tokens > most):
                 break
             request.blocks = self.cache.allocate(needed)
             admitted.append(waiting.popleft())
         return admitted
 
     def _prefill_logits(self, requests: list[Request], rows: torch.Tensor | None) -> torch.Tensor:
-        block_size = self.cache.block_size
-        positions = [torch.arange(len(request.prompt)) for request in requests]
-        slots = [
-            torch.tensor(request.blocks)[place // block_size] * block_size + place % block_size
-            for request, place in zip(requests, positions, strict=True)
-        ]
         lengths = [len(request.prompt) for request in requests]
-        width = max(len(request.blocks) for request in requests)
-        tables = [request.blocks + [0] * (width - len(request.blocks)) for request in requests]
-        if rows is None:
-            rows = torch.arange(sum(lengths))
-        ids, places, block_tables, slot_rows, input_lengths, rows = _upload(
+        # Arrays are filled faster than tensors are made from lists.
+        ids, positions, tables, slots, input_lengths, rows = upload(
             (
-                torch.cat([request.prompt_tensor for request in requests]),
-                torch.cat(positions),
-                torch.tensor(tables, dtype=torch.int32),
-                torch.cat(slots).to(torch.int32),
+                torch.frombuffer(array("q", chain.from_iterable(r.prompt for r in requests)), dtype=torch.int64),
+                torch.frombuffer(array("q", chain.from_iterable(map(range, lengths))), dtype=torch.int64),
+                _block_tables(requests),
+                torch.frombuffer(array("i", chain.from_iterable(map(self._slots, requests))), dtype=torch.int32),
                 torch.tensor(lengths, dtype=torch.int32),
-                rows,
+                torch.arange(sum(lengths)) if rows is None else rows,
             ),
             self.model.device,
         )
         return self.model.forward(
             ids,
-            places,
+            positions,
             True,
             self.cache.pairs,
-            block_tables,
-            slot_rows,
+            tables,
+            slots,
             input_lengths,
             max(lengths),
             rows,
             host_lengths=lengths,
         )
 
-    def _prefill(self, requests: list[Request]) -> None:
-        tokens = self._read(self.prefill_step(requests))
-        for request, token in zip(requests, tokens, strict=True):
-            self._append(request, token)
+    def _slots(self, request: Request) -> Iterator[int]:
+        """Where the tokens of the prompt go in the cache."""
+        size = self.cache.block_size
+        rows = chain.from_iterable(range(block * size, (block + 1) * size) for block in request.blocks)
+        return islice(rows, len(request.prompt))
+
+    def _prefill(self, waiting: deque[Request], running: int) -> list[Request]:
+        """Runs the prompts of all that are admitted, a step after the other; returns these requests.
+
+        A step is launched before the tokens of the one before it are read.
+        """
+        everybody: list[Request] = []
+        behind: tuple[list[Request], Download | _Read] | None = None
+        while admitted := self._admit(waiting, running + len(everybody)):
+            ahead = (admitted, self._download(self.prefill_step(admitted)))
+            if behind is not None:
+                self._take(*behind)
+            behind = ahead
+            everybody += admitted
+        if behind is not None:
+            self._take(*behind)
+        return everybody
 
     def prefill_step(self, requests: list[Request]) -> torch.Tensor:
         """Runs the prompts of admitted requests in one step, with sampling; returns the new tokens, int64 [B]."""
@@ -309,28 +297,26 @@ class Engine:
         return self._sampler.choose(logits, rows)
 
     def _decode(self, batch: DecodeBatch) -> None:
-        tokens = self._read(self.decode_step(batch))
-        for request, token in zip(batch.requests, tokens, strict=True):
-            self._append(request, token)
+        """Decodes: one step, or on a GPU until a request ends.
 
-    def _decode_ahead(self, batch: DecodeBatch) -> None:
-        """Decodes until a request ends. A step is launched before the tokens of the one before it are read.
-
-        A request that ends with an end-of-sequence token takes part in one more step, whose token is dropped.
+        There a step is launched before the tokens of the one before it are read. A request that ends with an
+        end-of-sequence token takes part in one more step, whose token is dropped.
         """
         going = min(request.limit - len(request.prompt) - len(request.new_tokens) for request in batch.requests)
-        behind = _TokensOnTheirWay(self.decode_step(batch))
+        if batch.device.type != "cuda":
+            going = 1
+        behind = self._download(self.decode_step(batch))
         for _ in range(going - 1):
-            ahead = _TokensOnTheirWay(self.decode_step(batch))
-            self._take(batch, behind)
+            ahead = self._download(self.decode_step(batch))
+            self._take(batch.requests, behind)
             behind = ahead
             if any(request.finish_reason for request in batch.requests):
                 break
-        self._take(batch, behind)
+        self._take(batch.requests, behind)
 
-    def _take(self, batch: DecodeBatch, tokens: _TokensOnTheirWay) -> None:
+    def _take(self, requests: list[Request], tokens: Download | _Read) -> None:
         """Appends the tokens of a step to the requests that have not ended before it."""
-        for request, token in zip(batch.requests, tokens.wait(), strict=True):
+        for request, token in zip(requests, tokens.wait(), strict=True):
             if not request.finish_reason:
                 self._append(request, token)
 
@@ -352,9 +338,11 @@ class Engine:
         batch.advance(tokens)
         return tokens
 
-    def _read(self, tokens: torch.Tensor) -> list[int]:
+    def _download(self, tokens: torch.Tensor) -> Download | _Read:
         """The tokens of a step, unless the step failed: what was chosen from its logits is then worth nothing."""
-        read = tokens.tolist()
+        if tokens.device.type == "cuda":
+            return Download(tokens)
+        read = _Read(tokens.tolist())
         self.model.settle()  # read first: then no launch is under way, and this waits for nothing
         return read
 

@@ -437,7 +437,11 @@ class FlashQwen2ForCausalLM:
         if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
             raise TypeError(f"a prompt must be text or a list of token ids, got {type(prompt).__name__}")
         if not isinstance(prompt, str):
-            return [_token_id(token) for token in prompt]
+            tokens = list(prompt)
+            try:
+                return list(map(operator.index, tokens))
+            except TypeError:
+                return [_token_id(token) for token in tokens]  # names the one that is wrong
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
@@ -466,7 +470,7 @@ class FlashQwen2ForCausalLM:
             temperature: 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature).
             top_k: draw among the k most probable tokens only; 0: among all.
             top_p: draw among the most probable tokens that together reach this probability, after top_k.
-            seed: each prompt draws from a generator of this seed, so an answer does not depend on what else is in
+            seed: each prompt draws from the sequence of this seed, so an answer does not depend on what else is in
                 the batch; None: torch's generator draws.
 
         Returns:

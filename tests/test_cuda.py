@@ -9,6 +9,10 @@ import pytest
 import torch
 from reference import DEVICES, Runner, Shape, random_model, relative_error
 
+from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
+from modeltorch.sampling import Sampler, Sampling, SamplingRows
+from modeltorch.shapes import Qwen2Shape
+
 pytestmark = pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU, or a library without CUDA")
 
 SHAPE = Shape(heads=4, kv_heads=2, head_size=64, hidden=128, intermediate=192)
@@ -261,3 +265,70 @@ def test_two_objects_on_two_threads_do_not_meet():
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(4)))
+
+
+def drawn_rows(count: int, **options: float) -> SamplingRows:
+    samplings = [Sampling(1.0 if row % 5 else 0.5, seed=row, **options) for row in range(count)]
+    return SamplingRows(samplings, torch.device("cuda"), list(range(count)))
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 40}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.8}], ids=str)
+def test_a_row_draws_the_same_from_its_seed_whatever_stands_beside_it(options):
+    logits = torch.randn(24, 5000, device="cuda") * 3
+    sampler = Sampler()
+    rows = drawn_rows(24, **options)
+    together = [sampler.choose(logits, rows).tolist() for _ in range(5)]
+    assert len({tuple(tokens) for tokens in together}) == 5
+    for row in (0, 7, 23):
+        alone = SamplingRows([Sampling(1.0 if row % 5 else 0.5, seed=row, **options)], logits.device, [row])
+        tokens = [sampler.choose(logits[row : row + 1], alone).item() for _ in range(5)]
+        assert tokens == [step[row] for step in together]
+    on_host = SamplingRows(
+        [Sampling(1.0 if row % 5 else 0.5, seed=row, **options) for row in range(24)],
+        torch.device("cpu"),
+        list(range(24)),
+    )
+    agreeing = [a == b for step in together for a, b in zip(step, sampler.choose(logits.cpu(), on_host), strict=True)]
+    assert sum(agreeing) >= 0.98 * len(agreeing)  # sums in another order may come to the next token
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 40}, {"top_p": 0.9}], ids=str)
+def test_choosing_tokens_waits_for_nothing(options):
+    logits = torch.randn(24, 5000, device="cuda")
+    sampler = Sampler()
+    sampler.choose(logits, drawn_rows(24, **options))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        busy = torch.zeros(4096, 4096, device="cuda")
+        for _ in range(50):
+            busy = busy @ busy
+        done = torch.cuda.Event()
+        done.record()
+        rows = drawn_rows(24, **options)
+        for _ in range(4):
+            sampler.choose(logits, rows)
+        assert not done.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+
+
+def test_a_prefill_is_launched_before_the_one_in_front_has_ended(monkeypatch):
+    import modeltorch.engine as engine_module
+
+    shape = Qwen2Shape(64, 64, 128, 2, 1, 1, False, max_position_embeddings=128)
+    model = FlashQwen2ForCausalLM(
+        shape, shape.random_weights(torch.bfloat16, "cuda"), device="cuda", num_blocks=64, block_size=16
+    )
+    prompts = [[n + 1, n + 2, n + 3] for n in range(12)]
+    expected = model.generate(prompts, max_new_tokens=5, ignore_eos=True)
+    monkeypatch.setattr(engine_module, "MAX_PREFILL_TOKENS_CUDA", 10)
+    engine = engine_module.Engine(model)
+    launched, waited = [], []
+    launch, wait = engine.prefill_step, engine_module.Download.wait
+    monkeypatch.setattr(engine, "prefill_step", lambda requests: launched.append(len(waited)) or launch(requests))
+    monkeypatch.setattr(engine_module.Download, "wait", lambda download: waited.append(0) or wait(download))
+    requests = [engine_module.Request(prompt, 5, ignore_eos=True) for prompt in prompts]
+    assert engine.run(requests) == expected
+    assert launched == [0, 0, 1, 2]
