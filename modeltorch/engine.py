@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -240,14 +241,13 @@ class Engine:
 
     def _prefill_logits(self, requests: list[Request], rows: torch.Tensor | None) -> torch.Tensor:
         lengths = [len(request.prompt) for request in requests]
-        # Plain lists: operators of torch that wake threads up take longer.
-        slots = [slot for request in requests for slot in self._slots(request)]
-        ids, positions, tables, slot_rows, input_lengths, rows = upload(
+        # Arrays are filled faster than tensors are made from lists.
+        ids, positions, tables, slots, input_lengths, rows = upload(
             (
-                torch.tensor([token for request in requests for token in request.prompt]),
-                torch.tensor([place for length in lengths for place in range(length)]),
+                torch.frombuffer(array("q", chain.from_iterable(r.prompt for r in requests)), dtype=torch.int64),
+                torch.frombuffer(array("q", chain.from_iterable(map(range, lengths))), dtype=torch.int64),
                 _block_tables(requests),
-                torch.tensor(slots, dtype=torch.int32),
+                torch.frombuffer(array("i", chain.from_iterable(map(self._slots, requests))), dtype=torch.int32),
                 torch.tensor(lengths, dtype=torch.int32),
                 torch.arange(sum(lengths)) if rows is None else rows,
             ),
@@ -259,7 +259,7 @@ class Engine:
             True,
             self.cache.pairs,
             tables,
-            slot_rows,
+            slots,
             input_lengths,
             max(lengths),
             rows,
