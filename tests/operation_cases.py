@@ -115,6 +115,23 @@ def linear_cases(sizes: list[tuple[int, int, int]], is_benchmark: bool) -> Itera
             yield Case("Linear", label, make, exact, parameters, flops=flops, is_benchmark=is_benchmark)
 
 
+def gated_linear_cases(sizes: list[tuple[int, int, int]], is_benchmark: bool) -> Iterator[Case]:
+    """LinearSwiGlu with m rows, n columns of gate and of up as two parts, k summands."""
+    for m, n, k in sizes:
+
+        def make(generator, dtype, m=m, n=n, k=k):
+            parts = [_normal(generator, dtype, n, k, scale=2 * k**-0.5) for _ in range(2)]
+            return [_normal(generator, dtype, m, k), *parts]
+
+        def exact(t: Tensors) -> Tensors:
+            gate = t[0] @ t[1].t()
+            return [gate * torch.sigmoid(gate) * (t[0] @ t[2].t())]
+
+        parameters = {"transposed": 1, "has_bias": 0, "parts": 2}
+        label = f"m{m} n{n} k{k}"
+        yield Case("LinearSwiGlu", label, make, exact, parameters, flops=4 * m * n * k, is_benchmark=is_benchmark)
+
+
 def gather_cases() -> Iterator[Case]:
     """GatherRows with repeated and unordered indices."""
     for rows, count, size in [(1, 1, 1), (7, 5, 33), (130, 20, 64), (0, 5, 8)]:
@@ -415,13 +432,18 @@ _ROPE_ATTENTION_SIZES: list[tuple[list[int], int, int, int, int]] = [
     ([5, 9], 4, 3, 1, 34),
 ]
 
-FUSED_CASES: list[Case] = [
+CUDA_FUSED_CASES: list[Case] = [
     *fused_linear_cases([(0, 8, 16), (1, 64, 128), (2, 896, 896), (3, 34, 77), (8, 256, 512), (33, 96, 64)]),
     *fused_linear_cases([(16, 64, 192), (64, 128, 256), (128, 192, 320), (200, 64, 128), (512, 256, 128)]),
     *rope_attention_cases(_ROPE_ATTENTION_SIZES, True),
     *rope_attention_cases(_ROPE_ATTENTION_SIZES, False),
 ]
-"""The operations that only a fusing device has kernels for."""
+"""The operations that only CUDA has kernels for."""
+
+CPU_FUSED_CASES: list[Case] = [
+    *gated_linear_cases([(0, 16, 16), (1, 48, 64), (3, 33, 77), (8, 64, 130), (9, 17, 34), (200, 112, 96)], False)
+]
+"""The operations that only the CPU has kernels for."""
 
 BENCHMARK_CASES: list[Case] = [
     *norm_cases([(1, 896), (512, 896), (512, 4864)], True),

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from operation_cases import AWKWARD_CASES, FUSED_CASES, Case
+from operation_cases import AWKWARD_CASES, CPU_FUSED_CASES, CUDA_FUSED_CASES, Case
 from reference import DEVICES, DTYPES, relative_error
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
@@ -19,7 +19,13 @@ def test_operation_equals_float64(case: Case, dtype: torch.dtype, device: str) -
     check(case, dtype, device)
 
 
-FUSED = [(case, dtype, "cuda") for case in FUSED_CASES for dtype in DTYPES if "cuda" in DEVICES]
+FUSED = [
+    (case, dtype, device)
+    for device, cases in (("cpu", CPU_FUSED_CASES), ("cuda", CUDA_FUSED_CASES))
+    for case in cases
+    for dtype in DTYPES
+    if device in DEVICES
+]
 
 
 @pytest.mark.parametrize(("case", "dtype", "device"), FUSED, ids=str)

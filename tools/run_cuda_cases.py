@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from operation_cases import AWKWARD_CASES, FUSED_CASES, Case
+from operation_cases import AWKWARD_CASES, CUDA_FUSED_CASES, Case
 from reference import Runner, Shape, random_model
 
 _MODEL = Shape(heads=14, kv_heads=2, head_size=64, hidden=128, intermediate=256, layers=2)
@@ -51,7 +51,9 @@ def run_model() -> None:
 def main() -> None:
     """Runs them all."""
     words = sys.argv[1:]
-    cases = [case for case in (*AWKWARD_CASES, *FUSED_CASES) if not words or any(word in str(case) for word in words)]
+    cases = [
+        case for case in (*AWKWARD_CASES, *CUDA_FUSED_CASES) if not words or any(word in str(case) for word in words)
+    ]
     for case in cases:
         print(case, flush=True)
         run_case(case, torch.bfloat16)

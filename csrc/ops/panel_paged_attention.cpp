@@ -108,12 +108,20 @@ void PanelPagedAttention::attend(const KernelArgs& args, int64_t task, int64_t f
       kernels.score_keys(queries, group, d, args.in(1).as<BFloat16>() + at, stride, count, scores + offset,
                          kChunk);
     });
-    for (int64_t row = 0; row < group; ++row) {
-      const SoftmaxRow softmax{shape_.scale, state.maxima + row, state.sums + row, state.out + row * d, d};
-      BFloat16* row_weights = weights + row * (kChunk + 2);
-      kernels.soften(softmax, scores + row * kChunk, to - from, padded, row_weights);
-      row_weights[padded] = BFloat16(0.0f);
-    }
+    kernels.soften({.scale = shape_.scale,
+                    .rows = group,
+                    .group = group,
+                    .first_visible = to - from,
+                    .scores = scores,
+                    .scores_stride = kChunk,
+                    .count = padded,
+                    .weights = weights,
+                    .weights_stride = kChunk + 2,
+                    .maxima = state.maxima,
+                    .sums = state.sums,
+                    .out = state.out,
+                    .d = d});
+    for (int64_t row = 0; row < group; ++row) weights[row * (kChunk + 2) + padded] = BFloat16(0.0f);
     each_run(from, to, [&](int64_t at, int64_t offset, int64_t count) {
       kernels.weigh_values(weights + offset, kChunk + 2, group, args.in(2).as<BFloat16>() + at, stride, count,
                            state.out, d);

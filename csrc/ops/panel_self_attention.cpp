@@ -8,12 +8,22 @@
 namespace modeltorch {
 namespace {
 
-constexpr int64_t kMaxRows = 96;  // query rows of a block
-constexpr int64_t kChunk = 128;   // keys of a pass, a multiple of 16
+constexpr int64_t kMaxRows = 64;     // query rows of a block
+constexpr int64_t kChunk = 128;      // keys of a pass, a multiple of kTogether
+constexpr int64_t kTogether = 32;    // keys and values are filled up to a multiple of it: what a tile sums
+constexpr int64_t kRowsOfTile = 16;  // rows of a block are multiplied as whole tiles
+
+int64_t whole(int64_t count, int64_t unit) {
+  return (count + unit - 1) / unit * unit;
+}
 
 }  // namespace
 
-// What one thread needs for a block of `rows` query rows.
+int64_t PanelSelfAttention::padded(int64_t length) {
+  return whole(length, kTogether);
+}
+
+// What one thread needs for a block of `rows` query rows, filled up to whole tiles.
 struct PanelSelfAttention::Scratch {
   BFloat16* queries;  // [rows, d]
   BFloat16* weights;  // [rows, kChunk]
@@ -40,12 +50,16 @@ struct PanelSelfAttention::Scratch {
 PanelSelfAttention::PanelSelfAttention(const AttentionShape& shape, int64_t tokens, int64_t sequences)
     : shape_(shape),
       queries_per_block_(std::max<int64_t>(1, kMaxRows / shape.group())),
-      padded_tokens_(tokens + sequences * (kPanelRows - 1)),
+      padded_tokens_(tokens + sequences * (kTogether - 1)),
       threads_(pool_width()) {}
+
+int64_t PanelSelfAttention::block_rows() const {
+  return whole(queries_per_block_ * shape_.group(), kRowsOfTile);
+}
 
 size_t PanelSelfAttention::workspace_bytes() const {
   const int64_t packed = 2 * padded_tokens_ * shape_.kv_heads * shape_.head_size * 2;
-  const size_t scratch = Scratch::bytes(queries_per_block_ * shape_.group(), shape_.head_size);
+  const size_t scratch = Scratch::bytes(block_rows(), shape_.head_size);
   return static_cast<size_t>((packed + 63) / 64 * 64) + static_cast<size_t>(threads_) * scratch;
 }
 
@@ -72,7 +86,7 @@ void PanelSelfAttention::pack(const KernelArgs& args) const {
                    for (int64_t task = begin; task < end; ++task) {
                      const int64_t head = task / key_panels;
                      const int64_t first = task % key_panels * kPanelRows;
-                     const int64_t count = std::min(kPanelRows, length - first);
+                     const int64_t count = std::clamp<int64_t>(length - first, 0, kPanelRows);
                      const Panels to = panels_of(args, padded_start, length, head);
                      const int64_t at = (start + first) * stride + head * d;
                      const BFloat16* rows[kPanelRows] = {};
@@ -98,7 +112,7 @@ void PanelSelfAttention::run(const KernelArgs& args) {
   const int64_t d = shape_.head_size;
   char* scratch =
       static_cast<char*>(args.workspace) + (2 * padded_tokens_ * shape_.kv_heads * d * 2 + 63) / 64 * 64;
-  const size_t scratch_bytes = Scratch::bytes(queries_per_block_ * shape_.group(), d);
+  const size_t scratch_bytes = Scratch::bytes(block_rows(), d);
   parallel_for(threads_, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       int64_t task = 0;
@@ -129,7 +143,8 @@ void PanelSelfAttention::attend(const KernelArgs& args, const QueryBlock& block,
   const int64_t d = shape_.head_size;
   const int64_t group = shape_.group();
   const int64_t rows = block.queries * group;
-  const Scratch scratch(memory, rows, d);
+  const int64_t tile_rows = whole(rows, kRowsOfTile);
+  const Scratch scratch(memory, tile_rows, d);
   const auto offset = [&](int64_t row) {
     const int64_t token = block.first_token + row / group;
     return (token * shape_.heads + block.kv_head * group + row % group) * d;
@@ -143,21 +158,24 @@ void PanelSelfAttention::attend(const KernelArgs& args, const QueryBlock& block,
   const int64_t keys = block.first_limit + block.queries - 1;
   for (int64_t first = 0; first < keys; first += kChunk) {
     const int64_t count = std::min(kChunk, padded(keys) - first);
-    kernels.to_float({scratch.queries, d, rows, panels.keys + first * d, kPanelRows * d, d, count}, false,
+    kernels.to_float({scratch.queries, d, tile_rows, panels.keys + first * d, kPanelRows * d, d, count},
                      scratch.scores, kChunk);
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t visible = std::clamp<int64_t>(block.first_limit + row / group - first, 0, count);
-      BFloat16* weights = scratch.weights + row * kChunk;
-      if (visible == 0) {
-        std::memset(weights, 0, sizeof(BFloat16) * count);
-        continue;
-      }
-      kernels.soften({shape_.scale, scratch.maxima + row, scratch.sums + row, scratch.out + row * d, d},
-                     scratch.scores + row * kChunk, visible, count, weights);
-    }
-    kernels.to_float({scratch.weights, kChunk, rows, panels.values + first * kPanelRows,
-                      kPanelRows * padded(length), count, d},
-                     true, scratch.out, d);
+    kernels.soften({.scale = shape_.scale,
+                    .rows = rows,
+                    .group = group,
+                    .first_visible = block.first_limit - first,
+                    .scores = scratch.scores,
+                    .scores_stride = kChunk,
+                    .count = count,
+                    .weights = scratch.weights,
+                    .weights_stride = kChunk,
+                    .maxima = scratch.maxima,
+                    .sums = scratch.sums,
+                    .out = scratch.out,
+                    .d = d});
+    kernels.to_float({scratch.weights, kChunk, tile_rows, panels.values + first * kPanelRows,
+                      kPanelRows * padded(length), count, d, scratch.out, d},
+                     scratch.out, d);
   }
   for (int64_t row = 0; row < rows; ++row) {
     kernels.scale_to_bfloat16(scratch.out + row * d, 1.0f / scratch.sums[row], d,

@@ -10,7 +10,7 @@ namespace modeltorch {
 
 /// SelfAttention in bfloat16 on processors that multiply bfloat16: both products run over panels.
 ///
-/// Keys and values of the step are packed once, each sequence to a multiple of 16 rows; a block of queries
+/// Keys and values of the step are packed once, each sequence to a multiple of 32 rows; a block of queries
 /// then multiplies with 128 keys at a time, keeps a running softmax in float32, and rounds its weights to
 /// bfloat16 for the second product, as flash attention does on a GPU.
 class PanelSelfAttention final : public Kernel {
@@ -33,7 +33,8 @@ class PanelSelfAttention final : public Kernel {
   };
   struct Scratch;
 
-  int64_t padded(int64_t length) const { return (length + kPanelRows - 1) / kPanelRows * kPanelRows; }
+  static int64_t padded(int64_t length);
+  int64_t block_rows() const;
   Panels panels_of(const KernelArgs& args, int64_t padded_start, int64_t length, int64_t head) const;
   void pack(const KernelArgs& args) const;
   void attend(const KernelArgs& args, const QueryBlock& block, const Panels& panels, int64_t length,

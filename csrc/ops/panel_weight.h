@@ -9,11 +9,12 @@
 namespace modeltorch {
 
 /// The weights of a linear map as panels (ops/panels.h): several parts are one matrix, one below the other.
-/// The bias, if there is one, follows the last panel.
+/// The bias, if there is one, follows the last panel. Gated: the matrix is a gate and, below it, what the
+/// gate lets through, and panels of the two lie in turn.
 class PanelWeight final : public PackedWeight {
  public:
-  PanelWeight(int64_t n, int64_t k, bool has_bias, HostBytes packed)
-      : n(n), k(k), has_bias(has_bias), packed_(std::move(packed)) {}
+  PanelWeight(int64_t n, int64_t k, bool has_bias, bool is_gated, HostBytes packed)
+      : n(n), k(k), has_bias(has_bias), is_gated(is_gated), packed_(std::move(packed)) {}
 
   static size_t bytes_for(int64_t n, int64_t k, bool has_bias) {
     return static_cast<size_t>(panel_elements(n, k) + (has_bias ? n : 0)) * sizeof(BFloat16);
@@ -25,9 +26,10 @@ class PanelWeight final : public PackedWeight {
   /// [n], or null.
   const BFloat16* bias() const { return has_bias ? data() + panel_elements(n, k) : nullptr; }
 
-  const int64_t n;  ///< rows of the matrix, columns of the result
+  const int64_t n;  ///< rows of the matrix
   const int64_t k;
   const bool has_bias;
+  const bool is_gated;
 
  private:
   HostBytes packed_;

@@ -33,38 +33,63 @@ void pack_columns(const BFloat16* source, int64_t row_stride, int64_t k, BFloat1
 /// Reads row `row` back.
 void unpack_panel_row(const BFloat16* panels, int64_t row, int64_t k, BFloat16* out);
 
-/// Rows of `a` times a run of panels.
+/// Rows of `a` times a run of panels, added to sums.
 struct PanelProduct {
   const BFloat16* a = nullptr;  ///< row i starts at a + i * a_stride
   int64_t a_stride = 0;
   int64_t m = 0;
   const BFloat16* panels = nullptr;  ///< the first panel of the run; the next one starts panel_stride further
   int64_t panel_stride = 0;
-  int64_t k = 0;  ///< summands, even; at most panel_stride / 16
-  int64_t n = 0;  ///< columns of the result
+  int64_t k = 0;                ///< summands, even; at most panel_stride / 16
+  int64_t n = 0;                ///< columns of the result
+  const float* sums = nullptr;  ///< row i starts at sums + i * sums_stride, whole panels; null: zeros
+  int64_t sums_stride = 0;
+  const BFloat16* next =
+      nullptr;  ///< panels that are read after these, asked of the memory meanwhile, or null
 };
 
-/// The state of one row of a running softmax (Milakov and Gimelshein, 2018).
-struct SoftmaxRow {
+/// A step of the running softmax (Milakov and Gimelshein, 2018) of several rows over the same keys: row i
+/// sees the first first_visible + i / group of them, none if that is below 1.
+struct SoftmaxStep {
   float scale = 1.0f;
-  float* maximum = nullptr;  ///< of scale * score so far
-  float* sum = nullptr;      ///< of the weights so far
-  float* out = nullptr;      ///< [d], weighted values so far
-  int64_t d = 0;
+  int64_t rows = 0;
+  int64_t group = 1;
+  int64_t first_visible = 0;
+  const float* scores = nullptr;  ///< [rows, count], rows scores_stride apart
+  int64_t scores_stride = 0;
+  int64_t count = 0;            ///< a multiple of 16
+  BFloat16* weights = nullptr;  ///< [rows, count], rows weights_stride apart
+  int64_t weights_stride = 0;
+  float* maxima = nullptr;  ///< [rows], of scale * score so far
+  float* sums = nullptr;    ///< [rows], of the weights so far
+  float* out = nullptr;     ///< [rows, d], weighted values so far
+  int64_t d = 0;            ///< a multiple of 16
+};
+
+/// How products of many rows are cut so that what is read again is still in a cache.
+struct PanelBlocking {
+  int64_t least_rows = 0;  ///< of a block of rows that all columns are multiplied with
+  int64_t most_rows = 0;
+  int64_t resident = 0;  ///< elements of such a block that stay in the second-level cache
+  int64_t summands = 0;  ///< of two panels that stay in the nearest one
 };
 
 /// The inner loops over panels. Sums are float32.
 struct PanelKernels {
-  /// out[i * out_stride + j] = or += a row i . packed row j. Columns are written up to the end of the last
-  /// panel.
-  void (*to_float)(const PanelProduct& product, bool accumulate, float* out, int64_t out_stride);
-  /// y[i * y_stride + j] = a row i . packed row j + bias[j]; bias may be null. Exactly n columns are written.
+  PanelBlocking blocking;
+  /// out[i * out_stride + j] = sums + a row i . packed row j. Columns are written up to the end of the last
+  /// panel; out may be the sums.
+  void (*to_float)(const PanelProduct& product, float* out, int64_t out_stride);
+  /// y[i * y_stride + j] = sums + a row i . packed row j + bias[j]; bias may be null. Exactly n columns are
+  /// written.
   void (*to_bfloat16)(const PanelProduct& product, const BFloat16* bias, BFloat16* y, int64_t y_stride);
-  /// A step of a running softmax over one row: weights[j] = exp(scale * scores[j] - maximum) for j < visible
-  /// and 0 for the rest of `count` (a multiple of 16). Updates the maximum and the sum, and multiplies out[d]
-  /// (d a multiple of 16) by what the old maximum was off.
-  void (*soften)(const SoftmaxRow& row, const float* scores, int64_t visible, int64_t count,
-                 BFloat16* weights);
+  /// The same for panels of gates and of what they let through in turn: y[i * y_stride + j] = silu(gate) * up
+  /// with 16 columns of gate in panel 2 * (j / 16) and of up in the one behind it. n counts both: a multiple
+  /// of 32.
+  void (*to_swiglu)(const PanelProduct& product, BFloat16* y, int64_t y_stride);
+  /// weights[i][j] = exp(scale * scores[i][j] - maximum[i]) for the keys that row i sees, 0 for the rest.
+  /// Updates the maxima and the sums, and multiplies out by what the old maxima were off.
+  void (*soften)(const SoftmaxStep& step);
   /// y[i] = x[i] * scale over n elements, a multiple of 16.
   void (*scale_to_bfloat16)(const float* x, float scale, int64_t n, BFloat16* y);
   /// scores[r * scores_stride + j] = query row r . key j, for keys that lie `stride` apart and are not

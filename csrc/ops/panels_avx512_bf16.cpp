@@ -8,7 +8,9 @@
 #include "ops/panels.h"
 
 #define MODELTORCH_LANES 16
+#define MODELTORCH_NATIVE_BFLOAT16
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC's own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
 
 namespace modeltorch {
@@ -55,17 +57,22 @@ static inline Vec first_lanes(Vec v, int64_t count, float other) {
       _mm512_mask_blend_ps(mask, _mm512_set1_ps(other), reinterpret_cast<__m512>(v)));
 }
 
+template <int64_t R, int64_t P>
+static inline void load_sums(const PanelProduct& product, int64_t row, int64_t panel, Vec (&acc)[R][P]) {
+  for (int64_t r = 0; r < R; ++r) {
+    const float* from = product.sums + (row + r) * product.sums_stride + panel * kPanelRows;
+    for (int64_t v = 0; v < P; ++v) acc[r][v] = product.sums == nullptr ? Vec{} : load(from + v * kPanelRows);
+  }
+}
+
 struct FloatSink {
-  bool accumulate;
+  static constexpr int64_t kStep = 1;  // panels that it needs together
   float* out;
   int64_t stride;
 
   template <int64_t R, int64_t P>
-  inline void start(const PanelProduct&, int64_t row, int64_t panel, Vec (&acc)[R][P]) const {
-    for (int64_t r = 0; r < R; ++r) {
-      const float* from = out + (row + r) * stride + panel * kPanelRows;
-      for (int64_t v = 0; v < P; ++v) acc[r][v] = accumulate ? load(from + v * kPanelRows) : Vec{};
-    }
+  inline void start(const PanelProduct& product, int64_t row, int64_t panel, Vec (&acc)[R][P]) const {
+    load_sums<R, P>(product, row, panel, acc);
   }
 
   template <int64_t R, int64_t P>
@@ -78,19 +85,21 @@ struct FloatSink {
 };
 
 struct BFloat16Sink {
+  static constexpr int64_t kStep = 1;
   const BFloat16* bias;
   BFloat16* y;
   int64_t stride;
 
   template <int64_t R, int64_t P>
-  inline void start(const PanelProduct& product, int64_t, int64_t panel, Vec (&acc)[R][P]) const {
+  inline void start(const PanelProduct& product, int64_t row, int64_t panel, Vec (&acc)[R][P]) const {
+    load_sums<R, P>(product, row, panel, acc);
+    if (bias == nullptr) return;
     for (int64_t v = 0; v < P; ++v) {
       const int64_t column = panel * kPanelRows + v * kPanelRows;
       const int64_t left = product.n - column;
-      Vec sum{};
-      if (bias != nullptr && left > 0)
-        sum = left >= kLanes ? load(bias + column) : load_some(bias + column, left);
-      for (int64_t r = 0; r < R; ++r) acc[r][v] = sum;
+      if (left <= 0) continue;
+      const Vec shift = left >= kLanes ? load(bias + column) : load_some(bias + column, left);
+      for (int64_t r = 0; r < R; ++r) acc[r][v] += shift;
     }
   }
 
@@ -107,6 +116,25 @@ struct BFloat16Sink {
           store_some(to, acc[r][v], left);
         }
       }
+    }
+  }
+};
+
+struct SwiGluSink {
+  static constexpr int64_t kStep = 2;
+  BFloat16* y;
+  int64_t stride;
+
+  template <int64_t R, int64_t P>
+  inline void start(const PanelProduct& product, int64_t row, int64_t panel, Vec (&acc)[R][P]) const {
+    load_sums<R, P>(product, row, panel, acc);
+  }
+
+  template <int64_t R, int64_t P>
+  inline void finish(const PanelProduct&, int64_t row, int64_t panel, const Vec (&acc)[R][P]) const {
+    for (int64_t r = 0; r < R; ++r) {
+      BFloat16* to = y + (row + r) * stride + panel / 2 * kPanelRows;
+      for (int64_t v = 0; v < P; v += 2) store(to + v / 2 * kPanelRows, swiglu_of(acc[r][v], acc[r][v + 1]));
     }
   }
 };
@@ -139,13 +167,14 @@ static inline void run_panels(const PanelProduct& product, const Sink& sink, int
 // hold.
 template <int64_t R, class Sink>
 static inline void run_few_rows(const PanelProduct& product, const Sink& sink) {
-  constexpr int64_t kPanels = R == 1 ? 4 : R <= 3 ? 8 : R == 4 ? 6 : R <= 6 ? 4 : 3;
+  constexpr int64_t kMost = R == 1 ? 4 : R <= 3 ? 8 : R == 4 ? 6 : R <= 6 ? 4 : 3;
+  constexpr int64_t kPanels = kMost / Sink::kStep * Sink::kStep;
   constexpr bool kPrefetch = R > 4;
   const int64_t panels = (product.n + kPanelRows - 1) / kPanelRows;
   int64_t panel = 0;
   for (; panel + kPanels <= panels; panel += kPanels)
     run_tile<R, kPanels, kPrefetch>(product, sink, 0, panel);
-  for (; panel < panels; ++panel) run_tile<R, 1, kPrefetch>(product, sink, 0, panel);
+  for (; panel < panels; panel += Sink::kStep) run_tile<R, Sink::kStep, kPrefetch>(product, sink, 0, panel);
 }
 
 template <class Sink>
@@ -173,39 +202,73 @@ static inline void run_product(const PanelProduct& product, const Sink& sink) {
   const int64_t panels = (product.n + kPanelRows - 1) / kPanelRows;
   int64_t panel = 0;
   for (; panel + kTilePanels <= panels; panel += kTilePanels) run_panels<kTilePanels>(product, sink, panel);
-  for (; panel < panels; ++panel) run_panels<1>(product, sink, panel);
+  for (; panel < panels; panel += Sink::kStep) run_panels<Sink::kStep>(product, sink, panel);
 }
 
-static void to_float(const PanelProduct& product, bool accumulate, float* out, int64_t out_stride) {
-  run_product(product, FloatSink{accumulate, out, out_stride});
+static void to_float(const PanelProduct& product, float* out, int64_t out_stride) {
+  run_product(product, FloatSink{out, out_stride});
 }
 
 static void to_bfloat16(const PanelProduct& product, const BFloat16* bias, BFloat16* y, int64_t y_stride) {
   run_product(product, BFloat16Sink{bias, y, y_stride});
 }
 
-static void soften(const SoftmaxRow& row, const float* scores, int64_t visible, int64_t count,
-                   BFloat16* weights) {
-  const Vec scale = splat(row.scale);
-  Vec best = splat(*row.maximum);
-  for (int64_t j = 0; j < visible; j += kLanes) {
-    const int64_t left = visible - j;
-    const Vec score = load(scores + j) * scale;
-    best = max_of(best, left >= kLanes ? score : first_lanes(score, left, -__builtin_inff()));
-  }
-  const float maximum = max_lane(best);
-  const float rescale = exp_of(splat(*row.maximum - maximum))[0];
+static void to_swiglu(const PanelProduct& product, BFloat16* y, int64_t y_stride) {
+  run_product(product, SwiGluSink{y, y_stride});
+}
+
+// weights[j] = exp(scale * scores[j] - maximum) for j < visible and 0 for the rest; returns their sum.
+static inline float weigh_scores(const float* scores, float scale, float maximum, int64_t visible,
+                                 int64_t count, BFloat16* weights) {
+  const Vec factor = splat(scale * kLog2E);
+  const Vec shift = splat(maximum * kLog2E);
   Vec total{};
-  for (int64_t j = 0; j < count; j += kLanes) {
-    const int64_t left = visible - j;
-    Vec weight = exp_of(load(scores + j) * scale - maximum);
-    if (left < kLanes) weight = first_lanes(weight, left, 0.0f);
+  int64_t j = 0;
+  for (; j + kLanes <= visible; j += kLanes) {
+    const Vec weight = exp2_of(load(scores + j) * factor - shift);
     store(weights + j, weight);
     total += weight;
   }
-  *row.maximum = maximum;
-  *row.sum = *row.sum * rescale + sum(total);
-  for (int64_t i = 0; i < row.d; i += kLanes) store(row.out + i, load(row.out + i) * rescale);
+  if (j < visible) {
+    const Vec weight = first_lanes(exp2_of(load(scores + j) * factor - shift), visible - j, 0.0f);
+    store(weights + j, weight);
+    total += weight;
+    j += kLanes;
+  }
+  for (; j < count; j += kLanes) store(weights + j, Vec{});
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(total));
+}
+
+static inline void soften_row(const SoftmaxStep& step, int64_t row) {
+  const int64_t limit = step.first_visible + row / step.group;
+  const int64_t visible = limit < 0 ? 0 : limit < step.count ? limit : step.count;
+  const float* scores = step.scores + row * step.scores_stride;
+  BFloat16* weights = step.weights + row * step.weights_stride;
+  if (visible == 0) {
+    for (int64_t j = 0; j < step.count; j += kLanes) store(weights + j, Vec{});
+    return;
+  }
+  const Vec scale = splat(step.scale);
+  const float before = step.maxima[row];
+  Vec best = splat(before);
+  int64_t j = 0;
+  for (; j + kLanes <= visible; j += kLanes) best = max_of(best, load(scores + j) * scale);
+  if (j < visible) best = max_of(best, first_lanes(load(scores + j) * scale, visible - j, -__builtin_inff()));
+  const float maximum = _mm512_reduce_max_ps(reinterpret_cast<__m512>(best));
+  const float sum = weigh_scores(scores, step.scale, maximum, visible, step.count, weights);
+  if (maximum == before) {
+    step.sums[row] += sum;
+    return;
+  }
+  const Vec rescale = exp2_of(splat((before - maximum) * kLog2E));
+  step.maxima[row] = maximum;
+  step.sums[row] = step.sums[row] * rescale[0] + sum;
+  float* out = step.out + row * step.d;
+  for (int64_t i = 0; i < step.d; i += kLanes) store(out + i, load(out + i) * rescale);
+}
+
+static void soften(const SoftmaxStep& step) {
+  for (int64_t row = 0; row < step.rows; ++row) soften_row(step, row);
 }
 
 static void scale_to_bfloat16(const float* x, float scale, int64_t n, BFloat16* y) {
@@ -309,8 +372,16 @@ static void weigh_values(const BFloat16* weights, int64_t weights_stride, int64_
   }
 }
 
-extern const PanelKernels kPanelKernels = {to_float,          to_bfloat16, soften,
-                                           scale_to_bfloat16, score_keys,  weigh_values};
+// Two panels of 5120 summands fit a second-level cache of 1 MiB beside as long rows of x.
+extern const PanelKernels kPanelKernels = {
+    {.least_rows = 192, .most_rows = 192, .resident = 192 * 5120, .summands = 5120},
+    to_float,
+    to_bfloat16,
+    to_swiglu,
+    soften,
+    scale_to_bfloat16,
+    score_keys,
+    weigh_values};
 
 }  // namespace level_avx512_bf16
 }  // namespace modeltorch

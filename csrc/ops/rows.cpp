@@ -16,10 +16,15 @@ namespace level_avx512 {
 template <class T>
 extern const RowKernels<T> kRowKernels;
 }
+namespace level_avx512_bf16 {
+template <class T>
+extern const RowKernels<T> kRowKernels;
+}
 
 template <class T>
 const RowKernels<T>& row_kernels() {
 #if defined(__x86_64__)
+  if (cpu_level() >= CpuLevel::kAvx512Bf16) return level_avx512_bf16::kRowKernels<T>;
   if (cpu_level() >= CpuLevel::kAvx512) return level_avx512::kRowKernels<T>;
   if (cpu_level() >= CpuLevel::kAvx2) return level_avx2::kRowKernels<T>;
 #endif

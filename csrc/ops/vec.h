@@ -2,6 +2,7 @@
 // macros and target pragma: everything here lives in the level's own namespace, so that the linker can never
 // put one level's code in the place of another's. For the same reason nothing from the standard library is
 // called.
+// MODELTORCH_NATIVE_BFLOAT16 says that the level has AVX-512 BF16, and that <immintrin.h> is included.
 
 typedef float Vec __attribute__((vector_size(4 * MODELTORCH_LANES)));
 typedef float VecUnaligned __attribute__((vector_size(4 * MODELTORCH_LANES), aligned(4), may_alias));
@@ -44,11 +45,16 @@ static inline void store(float* p, Vec value) {
 }
 
 static inline void store(BFloat16* p, Vec value) {
+#ifdef MODELTORCH_NATIVE_BFLOAT16
+  *reinterpret_cast<VecHalfUnaligned*>(p) =
+      reinterpret_cast<VecHalf>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(value)));
+#else
   const VecBits word = reinterpret_cast<VecBits>(value);
   const VecBits rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
   const VecBits is_nan = reinterpret_cast<VecBits>((word & 0x7fffffffu) > 0x7f800000u);
   const VecBits chosen = (is_nan & 0x7fc0u) | (~is_nan & rounded);
   *reinterpret_cast<VecHalfUnaligned*>(p) = __builtin_convertvector(chosen, VecHalf);
+#endif
 }
 
 // The vector form of Float16(float): see core/half_floats.h.
@@ -136,3 +142,32 @@ static inline Vec exp_of(Vec x) {
   const Vec result = mantissa * reinterpret_cast<Vec>(exponent);
   return underflow ? Vec{} : result;
 }
+
+#ifdef MODELTORCH_NATIVE_BFLOAT16
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+// 2^x for x <= 127, relative error below 3e-6: enough for what is rounded to bfloat16. Below -126 it is 0.
+static inline Vec exp2_of(Vec x) {
+  const __m512 exponent = reinterpret_cast<__m512>(x);
+  const __m512 whole = _mm512_roundscale_ps(exponent, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec f = x - reinterpret_cast<Vec>(whole);
+  Vec p = splat(9.570080979504889e-3f);
+  p = p * f + splat(5.591785867416516e-2f);
+  p = p * f + splat(2.4024745344745108e-1f);
+  p = p * f + splat(6.93121815043511e-1f);
+  p = p * f + splat(9.999992612901327e-1f);
+  const __mmask16 above = _mm512_cmp_ps_mask(exponent, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(above, reinterpret_cast<__m512>(p), whole));
+}
+
+// silu(gate) * up, to the accuracy of exp2_of.
+static inline Vec swiglu_of(Vec gate, Vec up) {
+  const __m512 most = _mm512_set1_ps(126.0f);  // so that the sum below is finite
+  const __m512 exponent = reinterpret_cast<__m512>(gate * splat(-kLog2E));
+  const Vec divisor = exp2_of(reinterpret_cast<Vec>(_mm512_min_ps(most, exponent))) + 1.0f;
+  const Vec guess = reinterpret_cast<Vec>(_mm512_rcp14_ps(reinterpret_cast<__m512>(divisor)));
+  return gate * up * guess * (2.0f - divisor * guess);
+}
+
+#endif

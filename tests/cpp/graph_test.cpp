@@ -5,8 +5,10 @@
 #include "graph/plan.h"
 #include "ops/add.h"
 #include "ops/add_rms_norm.h"
+#include "ops/linear.h"
 #include "ops/rms_norm.h"
 #include "ops/split_qkv.h"
+#include "ops/swiglu.h"
 #include "test.h"
 
 using namespace modeltorch;
@@ -169,6 +171,30 @@ TEST(every_layer_is_fused) {
   rms_norm(start.builder, hidden, start.gamma, 1e-6f);
   const Graph graph = start.fused();
   expect(operations_of(graph) == "RmsNorm AddRmsNorm AddRmsNorm AddRmsNorm", operations_of(graph));
+}
+
+TEST(linear_and_swiglu_become_one_node) {
+  Start start;
+  const Value gate_up = linear(start.builder, "gate_up", start.a, {{start.b, {}, true}});
+  const Value y = swiglu(start.builder, gate_up);
+  add(start.builder, y, y);
+  const Graph graph = start.fused();
+  expect(operations_of(graph) == "LinearSwiGlu Add", operations_of(graph));
+  const Node& node = graph.nodes[0];
+  expect(node.name == "gate_up" && node.inputs == std::vector<Value>{start.a, start.b}, "name and inputs");
+  expect(node.outputs == std::vector<Value>{y}, "outputs");
+}
+
+TEST(a_linear_with_other_readers_keeps_its_output) {
+  Start start;
+  const Value gate_up = linear(start.builder, "gate_up", start.a, {{start.b, {}, true}});
+  swiglu(start.builder, gate_up);
+  add(start.builder, gate_up, start.a);
+  const Value seen = linear(start.builder, "seen", start.a, {{start.b, {}, true}});
+  swiglu(start.builder, seen);
+  start.builder.mark_output(seen, "seen", 0);
+  const Graph graph = start.fused();
+  expect(operations_of(graph) == "Linear SwiGlu Add Linear SwiGlu", operations_of(graph));
 }
 
 TEST(norms_of_something_else_stay) {

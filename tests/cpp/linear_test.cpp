@@ -1,6 +1,9 @@
 #include <array>
+#include <cmath>
 
 #include "ops/linear.h"
+#include "ops/linear_swiglu.h"
+#include "ops/panel_weight.h"
 #include "ops/panels.h"
 #include "tensors.h"
 
@@ -125,6 +128,78 @@ TEST(packed_linear_matches_plain_loops) {
   });
   const bool has_panels = panel_kernels() != nullptr;
   expect(packed_runs == (has_panels ? 2 * (16 * 5 * 6 + 6) : 0), "packed runs: ", packed_runs);
+}
+
+// Gate and up as one weight and as two; halves that are whole panels, and others. Returns gated packed
+// weights.
+int64_t check_linear_swiglu(Random& random, DType dtype, int64_t rows, int64_t k, int64_t size, bool is_one,
+                            bool has_bias) {
+  const Tensor x = Tensor::random(random, dtype, {rows, k});
+  std::vector<Tensor> weights;
+  std::vector<LinearPart> layout;
+  for (int64_t part = 0; part < (is_one ? 1 : 2); ++part) {
+    const int64_t n = is_one ? 2 * size : size;
+    weights.push_back(Tensor::random(random, dtype, {n, k}));
+    if (has_bias) weights.push_back(Tensor::random(random, dtype, {n}));
+    layout.push_back({true, has_bias});
+  }
+  std::vector<const Tensor*> inputs{&x};
+  std::vector<double> rows_of_weights, bias;
+  for (size_t at = 0; at < weights.size(); ++at) {
+    inputs.push_back(&weights[at]);
+    std::vector<double>& to = has_bias && at % 2 == 1 ? bias : rows_of_weights;
+    for (const double value : weights[at].values()) to.push_back(value);
+  }
+  bias.resize(2 * size);
+  const std::vector<double> left = x.values();
+  const auto dot = [&](int64_t row, int64_t column) {
+    double sum = bias[column];
+    for (int64_t p = 0; p < k; ++p) sum += left[row * k + p] * rows_of_weights[column * k + p];
+    return sum;
+  };
+  std::vector<double> expected;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < size; ++column) {
+      const double gate = dot(row, column);
+      expected.push_back(gate / (1.0 + std::exp(-gate)) * dot(row, size + column));
+    }
+  }
+  const LinearSwiGlu op(layout);
+  const std::string what = concat("linear and swiglu of ", layout.size(), " parts, size ", size, ", k ", k);
+  expect_close(run_operation(op, inputs)[0], expected, size, what);
+  const PackedInputs packed = pack_inputs(op, inputs);
+  if (packed.packed == nullptr) return 0;
+  expect_close(run_operation(op, inputs, packed)[0], expected, size, "packed ", what);
+  return dynamic_cast<const PanelWeight&>(*packed.packed).is_gated ? 1 : 0;
+}
+
+TEST(linear_and_swiglu_match_plain_loops) {
+  Random random(24);
+  int64_t gated = 0;
+  on_one_and_three_threads([&] {
+    for (const DType dtype : kFloats) {
+      for (const int64_t rows : {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 33, 200}) {
+        for (const int64_t size : {1, 16, 34, 112}) {
+          for (const bool is_one : {true, false}) {
+            gated += check_linear_swiglu(random, dtype, rows, 34, size, is_one, false);
+            gated += check_linear_swiglu(random, dtype, rows, 34, size, is_one, true);
+          }
+        }
+      }
+    }
+    gated += check_linear_swiglu(random, DType::kBFloat16, 40, 5190, 16, false, false);
+  });
+  expect(gated == (panel_kernels() == nullptr ? 0 : 2 * (12 * 2 * 2 + 1)), "gated weights: ", gated);
+}
+
+// Blocks of rows, and sums of several passes over all columns of a thread before the next pass.
+TEST(packed_linear_is_cut_into_blocks_and_passes) {
+  Random random(25);
+  on_one_and_three_threads([&] {
+    check_linear(random, DType::kBFloat16, 530, 928, {{70, true, true}});
+    check_linear(random, DType::kBFloat16, 290, 3680, {{34, true, true}});
+    check_linear(random, DType::kBFloat16, 100, 10300, {{34, true, true}});
+  });
 }
 
 // Sums are float32 at least: a long sum of ones would stop at 256 in bfloat16, at 2048 in float16.

@@ -8,6 +8,7 @@
 #include "ops/add_rms_norm.h"
 #include "ops/gather_rows.h"
 #include "ops/linear.h"
+#include "ops/linear_swiglu.h"
 #include "ops/paged_attention.h"
 #include "ops/reshape_and_cache.h"
 #include "ops/rms_norm.h"
@@ -72,6 +73,10 @@ std::vector<ShapeRule> shape_rules() {
        {tokens(t({5, 7})), t({3, 7}), t({3}), t({7, 4}), t({4}), t({6, 7})},
        {tokens(t({5, 13}))},
        {{0, 0}, {5, 0}}},
+      {std::make_shared<LinearSwiGlu>(std::vector<LinearPart>{{true, true}, {false, false}}),
+       {tokens(t({5, 7})), t({3, 7}), t({3}), t({7, 5})},
+       {tokens(t({5, 4}))},
+       {{0, 0}}},
   };
 }
 
@@ -151,7 +156,7 @@ TEST(operations_are_made_by_name) {
     const std::string name(rule.operation->name());
     const OperationPtr made = make_operation(name, all);
     expect(made->name() == name, name, " makes ", made->name());
-    if (name != "Linear")
+    if (name != "Linear" && name != "LinearSwiGlu")
       expect(made->infer_shape(rule.inputs) == rule.outputs, name, " has other parameters");
   }
   const auto norm = std::dynamic_pointer_cast<const RmsNorm>(make_operation("RmsNorm", all));
@@ -165,6 +170,8 @@ TEST(operations_are_made_by_name) {
   }
   const auto linear = std::dynamic_pointer_cast<const Linear>(make_operation("Linear", all));
   expect(linear->parts.size() == 2 && !linear->parts[1].transposed && linear->parts[1].has_bias, "linear");
+  const auto gated = std::dynamic_pointer_cast<const LinearSwiGlu>(make_operation("LinearSwiGlu", all));
+  expect(gated->parts.size() == 2 && !gated->parts[1].transposed && gated->parts[1].has_bias, "gated linear");
   const OperationParameters none({});
   expect_throws([&] { make_operation("RmsNorm", none); }, ErrorKind::kValue, "epsilon", "missing");
   expect_throws([&] { make_operation("Nothing", none); }, ErrorKind::kValue, "unknown operation Nothing",
