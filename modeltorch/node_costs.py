@@ -99,7 +99,7 @@ def node_costs(graph: str, lengths: Sequence[int], is_prefill: bool) -> list[Nod
             else:
                 moved += value.bytes
         flops = 0
-        if operation.endswith("Linear"):
+        if "Linear" in operation:
             weights = [value for value in inputs if value.name.endswith(".weight") and len(value.dims) == 2]
             flops = 2 * inputs[0].dims[0] * sum(prod(weight.dims) for weight in weights)
         elif operation.endswith("Attention"):
