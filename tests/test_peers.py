@@ -54,7 +54,7 @@ LINES = [
 def test_a_cell_is_the_median_of_the_rounds_with_their_range():
     row = table.cells(LINES)["tiny", "decode_b1_ctx128"]
     assert row["modeltorch bfloat16"] == table.Cell(11.0, 10.0, 12.0, "ms", 3, 8 / 11.0)
-    assert str(table.Cell(12345.6, 1000.2, 0.12345, "ms", 3)) == "12346 (1000 to 0.1235)"
+    assert str(table.Cell(12345.6, 1000.2, 0.12345, "ms", 3)) == "12346 (1000 to 0.1235; 3)"
     assert row["wide fp32"] == table.Cell(22.0, 21.0, 33.0, "ms", 3)
 
 
@@ -83,7 +83,7 @@ def test_the_table_shows_every_workload_and_the_reasons():
     columns = [part.strip() for part in heads.split("|")]
     cells = dict(zip(columns, (part.strip() for part in decode.split("|")), strict=True))
     assert cells["workload"] == "decode_b1_ctx128" and cells["unit"] == "ms"
-    assert cells["modeltorch bfloat16"] == "11 (10 to 12)"
+    assert cells["modeltorch bfloat16"] == "11 (10 to 12; 3)"
     assert cells["broken bfloat16"] == "not run [1]" and "[1] broken bfloat16: no memory" in shown
     assert cells["of the limit"] == "72.7%"
     assert cells["ratio, 16 bits and more"].startswith("2.00")
@@ -96,13 +96,11 @@ def test_the_table_shows_every_workload_and_the_reasons():
 def test_under_the_table_stands_what_it_was_taken_with():
     lines = [
         line("modeltorch", "bfloat16", 4.0, **MINE),
-        *(line("slow", "bfloat16", 8.0, workload, round=number) for workload in ("w", "v") for number in (0, 3)),
+        *(line("slow", "bfloat16", 8.0, version=version) for version in ("1.0", "1.1", "1.0")),
         {"model": "tiny", "engine": "broken", "dtype": "int8", "workload": "w", "error": "no", "round": 0},
         line("slow", "bfloat16", 1.0, model="other", version="2.0"),
     ]
-    assert table.taken_on(lines, "tiny") == (
-        "a processor, 2 threads, avx2; modeltorch bfloat16: abc (torch 2.13.0), 1 round; slow bfloat16: 1.0, 2 rounds"
-    )
+    assert table.taken_on(lines, "tiny") == "a processor, 2 threads, avx2; modeltorch abc (torch 2.13.0); slow 1.0, 1.1"
     assert table.taken_on(lines, "tiny") in list(table.rows(lines))
 
 

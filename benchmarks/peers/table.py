@@ -30,7 +30,7 @@ class Cell:
     fraction_of_limit: float | None = None
 
     def __str__(self) -> str:
-        return f"{_figure(self.value)} ({_figure(self.least)} to {_figure(self.most)})"
+        return f"{_figure(self.value)} ({_figure(self.least)} to {_figure(self.most)}; {self.rounds})"
 
 
 Table = dict[tuple[str, str], dict[str, "Cell | str"]]
@@ -84,21 +84,17 @@ def ratio(row: dict[str, Cell | str], quantised: bool) -> str:
 
 
 def taken_on(lines: Sequence[dict[str, Any]], model: str) -> str:
-    """What a model's measurements were taken with: processor and threads, versions, rounds of each engine."""
-    rounds: dict[str, set[int]] = {}
+    """What a model's measurements were taken with: processor and threads, the versions of each engine."""
     hardware: list[str] = []
+    versions: dict[str, list[str]] = {}
     for line in lines:
         if line["model"] == model and "error" not in line:
-            version = line.get("version") or f"{line['commit']} (torch {line['torch']})"
-            rounds.setdefault(f"{line['engine']} {line['dtype']}: {version}", set()).add(line["round"])
             if line["engine"] == MINE:
                 hardware.append(line["hardware"])
-    engines = [f"{name}, {_count(len(numbers), 'round')}" for name, numbers in rounds.items()]
+            version = line.get("version") or f"{line['commit']} (torch {line['torch']})"
+            versions.setdefault(line["engine"], []).append(version)
+    engines = [f"{name} {', '.join(dict.fromkeys(of_engine))}" for name, of_engine in versions.items()]
     return "; ".join([*dict.fromkeys(hardware), *engines])
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def rows(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -108,7 +104,7 @@ def rows(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
         mine = {workload: row for (name, workload), row in table.items() if name == model}
         labels = list(dict.fromkeys(label for row in mine.values() for label in row))
         heads = ["workload", "unit", *labels, "of the limit", "ratio, 16 bits and more", "ratio, any precision"]
-        yield f"{model}: median of the rounds (least to most)\n"
+        yield f"{model}: median of the rounds (least to most; rounds)\n"
         yield f"| {' | '.join(heads)} |"
         yield "|" + "---|" * len(heads)
         reasons: list[str] = []
