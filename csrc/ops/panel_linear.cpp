@@ -29,7 +29,8 @@ int64_t PanelLinear::groups() const {
 
 PanelLinear::Cut PanelLinear::cut(int64_t rows) const {
   const PanelBlocking& blocking = panel_kernels()->blocking;
-  const int64_t most = std::clamp(blocking.resident / weight_->k, blocking.least_rows, blocking.most_rows);
+  const int64_t fitting = blocking.resident / weight_->k / kBlockStep * kBlockStep;
+  const int64_t most = std::clamp(fitting, blocking.least_rows, blocking.most_rows);
   int64_t blocks = ceil_div(rows, most);
   while (blocks * groups() < kPartsPerThread * threads_ && rows > 2 * kBlockStep * blocks) ++blocks;
   const int64_t each = std::min(rows, ceil_div(ceil_div(rows, blocks), kBlockStep) * kBlockStep);
@@ -46,10 +47,11 @@ int64_t PanelLinear::sums_per_thread(int64_t rows) const {
   return cut.rows * kGroupColumns * (cut.resident < weight_->k ? groups() : 1);
 }
 
-// Fewer rows than there is room for may be cut otherwise.
+// Fewer rows than there is room for may be cut into longer blocks. Between multiples of kBlockStep nothing
+// grows.
 size_t PanelLinear::workspace_bytes() const {
   int64_t most = 0;
-  for (int64_t rows = rows_; rows > kFewRows; rows = rows > 2 * kBlockStep ? rows - kBlockStep : 0)
+  for (int64_t rows = ceil_div(rows_, kBlockStep) * kBlockStep; rows > 0; rows -= kBlockStep)
     most = std::max(most, sums_per_thread(rows));
   return static_cast<size_t>(threads_ * most) * sizeof(float);
 }
@@ -65,18 +67,19 @@ void PanelLinear::run(const KernelArgs& args) {
     });
   }
   const Cut cut = this->cut(rows);
-  const int64_t tasks = cut.blocks * groups();
   const int64_t sums = sums_per_thread(rows);
   parallel_for(threads_, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
-      const int64_t last = (thread + 1) * tasks / threads_;
-      for (int64_t task = thread * tasks / threads_; task < last;) {
-        const int64_t row = task / groups() * cut.rows;
-        const int64_t group = task % groups();
-        const int64_t count = std::min(groups() - group, last - task);
-        multiply({row, std::min(cut.rows, rows - row), group, group + count}, cut, args,
-                 static_cast<float*>(args.workspace) + thread * sums);
-        task += count;
+      for (int64_t row = 0; row < rows; row += cut.rows) {
+        const int64_t count = std::min(cut.rows, rows - row);
+        // Groups of all blocks in a row, each as long as its rows, are cut into equal lengths.
+        const auto first_of = [&](int64_t of) {
+          const int64_t ahead = of * rows * groups() / threads_ - row * groups();
+          return std::clamp<int64_t>(ceil_div(std::max<int64_t>(0, ahead), count), 0, groups());
+        };
+        const Part part{row, count, first_of(thread), first_of(thread + 1)};
+        if (part.begin < part.end)
+          multiply(part, cut, args, static_cast<float*>(args.workspace) + thread * sums);
       }
     }
   });
