@@ -83,7 +83,8 @@ def test_the_seed_of_torch_decides_what_is_drawn(reference):
 
 def test_a_seed_draws_the_same_whatever_else_is_in_the_batch(reference):
     def drawn(others: int, seed: int) -> list[int]:
-        requests = [Request([7, 8], 8, sampling=Sampling(1.0)) for _ in range(others)]
+        neighbours = [Sampling(1.0), Sampling(1.0, top_k=3), Sampling(0.5, top_p=0.5)]
+        requests = [Request([7, 8], 8, sampling=neighbours[i % 3]) for i in range(others)]
         requests.insert(others // 2, Request([1, 2], 12, sampling=Sampling(1.5, seed=seed)))
         return Engine(runner(reference)).run(requests)[others // 2].token_ids
 

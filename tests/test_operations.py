@@ -65,6 +65,21 @@ def test_argmax_follows_torch_on_what_is_not_finite(dtype: torch.dtype, device: 
     assert output.tolist() == x.argmax(dim=1).tolist()
 
 
+@pytest.mark.parametrize("name", ["Linear", "LinearSwiGlu"])
+def test_a_linear_of_no_columns_gives_zeros(name: str) -> None:
+    operation = torch.classes.ModelTorch.Operation(name, {"transposed": 1.0, "has_bias": 0.0, "parts": 1.0})
+    (y,) = operation.run([torch.zeros(9, 0).bfloat16(), torch.zeros(64, 0).bfloat16()])
+    assert torch.equal(y, torch.zeros(9, 64 if name == "Linear" else 32).bfloat16())
+
+
+@pytest.mark.parametrize("gate", [-1e20, -3e38])
+def test_a_gate_that_is_shut_lets_nothing_through(gate: float) -> None:
+    operation = torch.classes.ModelTorch.Operation("LinearSwiGlu", {"transposed": 1.0, "has_bias": 0.0, "parts": 1.0})
+    weight = torch.tensor([[gate, 0.0]] * 32 + [[0.0, 1e20]] * 32).bfloat16()
+    (y,) = operation.run([torch.ones(9, 2).bfloat16(), weight])
+    assert torch.equal(y, torch.zeros(9, 32).bfloat16())
+
+
 def test_an_operation_can_run_again_with_other_shapes() -> None:
     norm = torch.classes.ModelTorch.Operation("RmsNorm", {"epsilon": 1e-6})
     for rows, size in [(2, 8), (3, 8), (2, 8), (1, 5)]:

@@ -14,8 +14,9 @@ std::vector<size_t> replaced_by_panels(const std::vector<TensorDesc>& inputs) {
     if (inputs[position].dtype != DType::kBFloat16) return {};
     positions.push_back(position);
   }
-  const Dims& first = inputs[1].dims;  // [n, k] or [k, n]: both even serves either
-  return first[0] % 2 == 0 && first[1] % 2 == 0 ? positions : std::vector<size_t>{};
+  const Dims& first = inputs[1].dims;  // [n, k] or [k, n]: what both sizes are serves either
+  const auto fits = [](int64_t size) { return size > 0 && size % 2 == 0; };
+  return fits(first[0]) && fits(first[1]) ? positions : std::vector<size_t>{};
 }
 
 std::string panel_format(const std::vector<LinearPart>& parts, PanelOrder order) {

@@ -122,7 +122,7 @@ static inline float max_lane(Vec v) {
   return best;
 }
 
-// exp(x) for x <= 88, relative error below 2e-7; below -87.3 the result is 0. Cephes' polynomial (Moshier).
+// exp(x), relative error below 2e-7; below -87.3 it is 0, above 88.3 infinite. Cephes' polynomial (Moshier).
 static inline Vec exp_of(Vec x) {
   const Vec low = splat(-87.33654f);
   const Vec high = splat(88.37626f);
@@ -140,7 +140,7 @@ static inline Vec exp_of(Vec x) {
   const Vec mantissa = p * r * r + r + splat(1.0f);
   const VecInt exponent = (__builtin_convertvector(n, VecInt) + 127) << 23;
   const Vec result = mantissa * reinterpret_cast<Vec>(exponent);
-  return underflow ? Vec{} : result;
+  return underflow ? Vec{} : (x > high ? splat(__builtin_inff()) : result);
 }
 
 #ifdef MODELTORCH_NATIVE_BFLOAT16
@@ -161,13 +161,17 @@ static inline Vec exp2_of(Vec x) {
   return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(above, reinterpret_cast<__m512>(p), whole));
 }
 
-// silu(gate) * up, to the accuracy of exp2_of.
+// silu(gate) * up, to the accuracy of exp2_of. Where 1 + exp(-gate) is no longer finite, silu is 0.
 static inline Vec swiglu_of(Vec gate, Vec up) {
   const __m512 most = _mm512_set1_ps(126.0f);  // so that the sum below is finite
   const __m512 exponent = reinterpret_cast<__m512>(gate * splat(-kLog2E));
   const Vec divisor = exp2_of(reinterpret_cast<Vec>(_mm512_min_ps(most, exponent))) + 1.0f;
   const Vec guess = reinterpret_cast<Vec>(_mm512_rcp14_ps(reinterpret_cast<__m512>(divisor)));
-  return gate * up * guess * (2.0f - divisor * guess);
+  const __mmask16 counts = _mm512_cmp_ps_mask(exponent, most, _CMP_NGT_UQ);
+  const Vec share = guess * (2.0f - divisor * guess);
+  return reinterpret_cast<Vec>(
+             _mm512_maskz_mul_ps(counts, reinterpret_cast<__m512>(gate), reinterpret_cast<__m512>(share))) *
+         up;
 }
 
 #endif
