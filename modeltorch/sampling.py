@@ -72,6 +72,7 @@ class SamplingRows:
         top_k: int64 [B], or None where no row has it.
         top_p: float64 [B], or None where no row has it.
         limited: bool [B, 1], rows that have one of the two.
+        all_limited: every row has.
     """
 
     def __init__(self, samplings: Sequence[Sampling], device: torch.device, drawn: Sequence[int] | None = None) -> None:
@@ -83,6 +84,7 @@ class SamplingRows:
         limits = [sampling.top_p if sampling.top_p < 1.0 else 2.0 for sampling in samplings]
         top_p = torch.tensor(limits, dtype=torch.float64)
         self.has_greedy = any(sampling.temperature == 0.0 for sampling in samplings)
+        self.all_limited = all(sampling.top_k > 0 or sampling.top_p < 1.0 for sampling in samplings)
         limited = torch.tensor([[sampling.top_k > 0 or sampling.top_p < 1.0] for sampling in samplings])
         self.temperatures, on_device_k, on_device_p, self.limited = upload(
             (temperatures, top_k, top_p, limited), self._device
@@ -161,11 +163,13 @@ class Sampler:
         safe = rows.temperatures.clamp(min=_MIN_TEMPERATURE).unsqueeze(1)
         probabilities = torch.softmax(logits.float() / safe, dim=-1)
         uniforms = rows.uniforms()
-        drawn = _draw(probabilities, uniforms)
-        if rows.top_k is not None or rows.top_p is not None:
+        if rows.top_k is None and rows.top_p is None:
+            drawn = _draw(probabilities, uniforms)
+        else:
             ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
-            among_most_probable = tokens.gather(1, _draw(_most_probable(ordered, rows), uniforms))
-            drawn = torch.where(rows.limited, among_most_probable, drawn)
+            drawn = tokens.gather(1, _draw(_most_probable(ordered, rows), uniforms))
+            if not rows.all_limited:
+                drawn = torch.where(rows.limited, drawn, _draw(probabilities, uniforms))
         drawn = drawn.squeeze(1)
         return torch.where(rows.temperatures > 0, drawn, self._greedy(logits)) if rows.has_greedy else drawn
 
