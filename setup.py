@@ -216,6 +216,9 @@ def library() -> Extension:
         extra_compile_args={"cxx": compile_flags() + system_include, "nvcc": cuda_flags()},
         extra_link_args=[
             "-fopenmp",
+            # The one that torch has loaded, also where the compiler would put its own into the library: two of them in
+            # one process do not know each other's locales, and the first number that one prints ends the process.
+            "-l:libstdc++.so.6",
             "-Wl,--no-undefined",
             "-Wl,-z,defs",
             *(["-Wl,--allow-shlib-undefined"] if ASCEND or CUDA else []),

@@ -205,7 +205,8 @@ def serve(subject: Subject, requests: int, prompt_range: tuple[int, int], new_to
     """`requests` requests at once, prompts of uniform length, greedy, each to its full length; whole seconds."""
     generator = random.Random(1)
     prompts = _prompts(subject, [generator.randint(*prompt_range) for _ in range(requests)])
-    subject.model.generate(prompts[:1], max_new_tokens=2, ignore_eos=True)
+    # Steps of these sizes have then been set up: kernels chosen, graphs captured (FlashQwen2ForCausalLM.warm_up).
+    subject.model.generate(prompts, max_new_tokens=2, ignore_eos=True)
     seconds = _seconds(
         subject.model.device,
         lambda: subject.model.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True),

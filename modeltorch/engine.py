@@ -5,9 +5,8 @@ from __future__ import annotations
 import operator
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,7 +40,11 @@ class Generation:
 
 @dataclass
 class Request:
-    """A prompt on its way through the engine."""
+    """A prompt on its way through the engine.
+
+    Attributes:
+        prompt_ids: the prompt, int64 on the host; made when the request is checked.
+    """
 
     prompt: list[int]
     max_new_tokens: int | None = None
@@ -50,6 +53,7 @@ class Request:
     new_tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     finish_reason: str = ""
+    prompt_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     @property
     def limit(self) -> int:
@@ -152,7 +156,7 @@ class Engine:
                 the model's positions or the whole cache.
         """
         prompt, model = request.prompt, self.model
-        self._check_tokens(prompt)
+        request.prompt_ids = self._checked_ids(prompt)
         room = model.max_positions - len(prompt)
         if request.max_new_tokens is None:
             room_in_cache = self.cache.num_blocks * self.cache.block_size - len(prompt)
@@ -190,17 +194,17 @@ class Engine:
 
     def compute_logits(self, token_lists: Sequence[list[int]]) -> list[torch.Tensor]:
         """See FlashQwen2ForCausalLM.compute_logits."""
+        requests = []
         for tokens in token_lists:
-            self._check_tokens(tokens)
+            requests.append(Request(tokens, max_new_tokens=0, prompt_ids=self._checked_ids(tokens)))
             if len(tokens) > self.model.max_positions:
                 raise ValueError(
                     f"a sequence of {len(tokens)} tokens exceeds the model's {self.model.max_positions} positions"
                 )
             self._check_fits(len(tokens))
         results = []
-        for tokens in token_lists:
-            request = Request(tokens, max_new_tokens=0)
-            request.blocks = self.cache.allocate(self.cache.blocks_needed(len(tokens)))
+        for request in requests:
+            request.blocks = self.cache.allocate(self.cache.blocks_needed(len(request.prompt)))
             try:
                 logits = self._prefill_logits([request], None)
                 results.append(logits.to(choosing_device(logits.device)).float())
@@ -209,12 +213,14 @@ class Engine:
                 self._release(request)
         return results
 
-    def _check_tokens(self, tokens: list[int]) -> None:
+    def _checked_ids(self, tokens: list[int]) -> torch.Tensor:
+        """Token ids as int64 on the host."""
         if not tokens:
             raise ValueError("a prompt must have at least one token, got none")
         if min(tokens) < 0 or max(tokens) >= self.model.vocab_size:
             outside = next(token for token in tokens if not 0 <= token < self.model.vocab_size)
             raise ValueError(f"token ids must be in [0, {self.model.vocab_size}), got {outside}")
+        return torch.frombuffer(array("q", tokens), dtype=torch.int64)  # faster than a tensor from a list
 
     def _check_fits(self, tokens: int) -> None:
         needed = self.cache.blocks_needed(tokens)
@@ -241,13 +247,14 @@ class Engine:
 
     def _prefill_logits(self, requests: list[Request], rows: torch.Tensor | None) -> torch.Tensor:
         lengths = [len(request.prompt) for request in requests]
-        # Arrays are filled faster than tensors are made from lists.
+        positions = torch.arange(max(lengths))
+        tables = _block_tables(requests)
         ids, positions, tables, slots, input_lengths, rows = upload(
             (
-                torch.frombuffer(array("q", chain.from_iterable(r.prompt for r in requests)), dtype=torch.int64),
-                torch.frombuffer(array("q", chain.from_iterable(map(range, lengths))), dtype=torch.int64),
-                _block_tables(requests),
-                torch.frombuffer(array("i", chain.from_iterable(map(self._slots, requests))), dtype=torch.int32),
+                torch.cat([request.prompt_ids for request in requests]),
+                torch.cat([positions[:length] for length in lengths]),
+                tables,
+                self._slots(tables, lengths),
                 torch.tensor(lengths, dtype=torch.int32),
                 torch.arange(sum(lengths)) if rows is None else rows,
             ),
@@ -266,11 +273,11 @@ class Engine:
             host_lengths=lengths,
         )
 
-    def _slots(self, request: Request) -> Iterator[int]:
-        """Where the tokens of the prompt go in the cache."""
+    def _slots(self, tables: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Where the tokens of prompts go in the cache, int32 [their sum]."""
         size = self.cache.block_size
-        rows = chain.from_iterable(range(block * size, (block + 1) * size) for block in request.blocks)
-        return islice(rows, len(request.prompt))
+        rows = (tables.unsqueeze(2) * size + torch.arange(size, dtype=torch.int32)).flatten(1)
+        return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])
 
     def _prefill(self, waiting: deque[Request], running: int) -> list[Request]:
         """Runs the prompts of all that are admitted, a step after the other; returns these requests.

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
-
-_ALIGNMENT = 256
 
 
 def upload(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     """Copies of host tensors on a device; to a GPU in one copy that the host does not wait for."""
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
-    ends = list(accumulate(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors))
-    starts = [0, *ends[:-1]]
-    host = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
-
-    def part_of(memory: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
-        return memory[start : start + like.nbytes].view(like.dtype).view(like.shape)
-
-    for start, tensor in zip(starts, tensors, strict=True):
-        part_of(host, start, tensor).copy_(tensor)
-    memory = host.to(device, non_blocking=True)
-    return [part_of(memory, start, tensor) for start, tensor in zip(starts, tensors, strict=True)]
+    # Wide elements first, so that every tensor begins on a multiple of its element's size.
+    dtypes = sorted({tensor.dtype for tensor in tensors}, key=lambda dtype: -dtype.itemsize)
+    of_dtype = {dtype: [tensor for tensor in tensors if tensor.dtype == dtype] for dtype in dtypes}
+    bytes_of = [sum(tensor.nbytes for tensor in of_dtype[dtype]) for dtype in dtypes]
+    host = torch.empty(sum(bytes_of), dtype=torch.uint8, pin_memory=True)
+    for dtype, part in zip(dtypes, torch.split(host, bytes_of), strict=True):
+        torch.cat([tensor.flatten() for tensor in of_dtype[dtype]], out=part.view(dtype))
+    parts = torch.split(host.to(device, non_blocking=True), bytes_of)
+    copies = {
+        dtype: iter(torch.split(part.view(dtype), [tensor.numel() for tensor in of_dtype[dtype]]))
+        for dtype, part in zip(dtypes, parts, strict=True)
+    }
+    return [next(copies[tensor.dtype]).view(tensor.shape) for tensor in tensors]
 
 
 class Download:

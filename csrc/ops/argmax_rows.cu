@@ -120,9 +120,11 @@ class ArgmaxRowsCuda final : public Kernel {
     for_type(dtype_, [&](auto type) {
       using T = Pointee<decltype(type)>;
       const bool wide = packs_fit<T>(size, params.x);
-      launch_kernel(wide ? argmax_kernel<T, Pack<T>::kSize> : argmax_kernel<T, 1>, params,
-                    dim3(static_cast<unsigned>(params.parts * rows)), kThreads, 0, params.parts, args.stream,
-                    "ArgmaxRows");
+      const LaunchShape shape{.grid = dim3(static_cast<unsigned>(params.parts * rows)),
+                              .threads = kThreads,
+                              .cluster = params.parts};
+      launch_kernel(wide ? argmax_kernel<T, Pack<T>::kSize> : argmax_kernel<T, 1>, shape, args.stream,
+                    "ArgmaxRows", params);
     });
   }
 

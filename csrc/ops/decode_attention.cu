@@ -40,8 +40,9 @@ void launch_shape(const DecodeAttention& attention, const DecodeAttentionParams&
                "decode_attention");
   }
   const dim3 grid(params.splits, params.kv_heads * params.head_tiles, attention.sequences);
-  launch_kernel(kernel, params, grid, Shape::kThreads, Shape::bytes(params.splits), params.splits, stream,
-                "decode_attention");
+  const LaunchShape launched{grid, Shape::kThreads, static_cast<size_t>(Shape::bytes(params.splits)),
+                             params.splits};
+  launch_kernel(kernel, launched, stream, "decode_attention", params);
 }
 
 /// One block of eight warps a multiprocessor while there are few blocks; else four warps, and so little

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <type_traits>
 
 #include "device/cuda_check.h"
 
@@ -53,14 +54,22 @@ void allow_shared_memory(Kernel kernel, int bytes) {
              "cudaFuncSetAttribute");
 }
 
-/// Launches `kernel(params)`. On Hopper it may start before the kernel in front is done.
-template <class Params>
-void launch_kernel(void (*kernel)(Params), const Params& params, dim3 grid, int threads, size_t shared_bytes,
-                   int cluster, void* stream, const char* name) {
+/// How a kernel is launched.
+struct LaunchShape {
+  dim3 grid;
+  int threads;
+  size_t shared_bytes = 0;
+  int cluster = 1;  ///< blocks of a cluster
+};
+
+/// Launches `kernel(params...)`. On Hopper it may start before the kernel in front is done.
+template <class... Params>
+void launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, void* stream, const char* name,
+                   const std::type_identity_t<Params>&... params) {
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
+  config.gridDim = shape.grid;
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchAttribute attributes[2];
   config.attrs = attributes;
@@ -68,13 +77,11 @@ void launch_kernel(void (*kernel)(Params), const Params& params, dim3 grid, int 
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
-  if (cluster > 1) {
+  if (shape.cluster > 1) {
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs].val.clusterDim.x = cluster;
-    attributes[config.numAttrs].val.clusterDim.y = 1;
-    attributes[config.numAttrs++].val.clusterDim.z = 1;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
   }
-  check_cuda(cudaLaunchKernelEx(&config, kernel, params), name);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, params...), name);
 }
 
 }  // namespace modeltorch

@@ -35,6 +35,13 @@ __device__ __forceinline__ void wait_for_dependencies() {
 #endif
 }
 
+/// The first line of a kernel that has nothing to do before its inputs are there: it begins as soon as they
+/// are, and lets the kernel behind it do the same.
+__device__ __forceinline__ void begin_behind_the_kernel_in_front() {
+  launch_dependents();
+  wait_for_dependencies();
+}
+
 // --- 16-bit types ---
 
 template <class T>

@@ -80,7 +80,7 @@ void normalise(const FewRowLinear& linear, void* stream) {
                               linear.epsilon};
   const auto kernel = linear.dtype == DType::kBFloat16 ? norm_rows<__nv_bfloat16> : norm_rows<__half>;
   allow_shared_memory(kernel, 0);  // a kernel that divides memory otherwise would wait for an empty processor
-  launch_kernel(kernel, params, dim3(linear.rows), kNormThreads, 0, 1, stream, "few_row_linear: norm");
+  launch_kernel(kernel, {dim3(linear.rows), kNormThreads}, stream, "few_row_linear: norm", params);
 }
 
 void launch_simple(const FewRowLinear& linear, const void* x, void* stream) {
@@ -100,7 +100,7 @@ void launch_simple(const FewRowLinear& linear, const void* x, void* stream) {
   params.units = static_cast<int>(weight_rows(linear) / (linear.swiglu ? 2 : 1));
   const auto kernel =
       linear.dtype == DType::kBFloat16 ? few_row_linear_simple<__nv_bfloat16> : few_row_linear_simple<__half>;
-  launch_kernel(kernel, params, dim3(divide_up(params.units, 8)), 256, 0, 1, stream, "few_row_linear");
+  launch_kernel(kernel, {dim3(divide_up(params.units, 8)), 256}, stream, "few_row_linear", params);
 }
 
 /// Gives each part a share of the clusters, so that the most units that any cluster has are few.
@@ -237,8 +237,8 @@ void launch_shape(StreamParams& p, const FewRowLinear& linear, const PartTable& 
     kernel = few_row_linear_stream<T, Shape>;
   }
   allow_shared_memory(kernel, 227 * 1024);
-  launch_kernel(kernel, p, dim3(p.cluster * p.groups), kStreamThreads, bytes, p.cluster, stream,
-                "few_row_linear");
+  const LaunchShape shape{dim3(p.cluster * p.groups), kStreamThreads, static_cast<size_t>(bytes), p.cluster};
+  launch_kernel(kernel, shape, stream, "few_row_linear", p);
 }
 
 template <class T>

@@ -1,6 +1,8 @@
 #include "ops/gather_rows.h"
 
 #include "ops/cuda_kernel.cuh"
+#include "ops/decode_launch.cuh"
+#include "ops/decode_ptx.cuh"
 
 namespace modeltorch {
 namespace {
@@ -11,6 +13,7 @@ constexpr int kThreads = 128;
 template <class W>
 __global__ void __launch_bounds__(kThreads)
     gather_kernel(const W* table, const int64_t* indices, int64_t count, int64_t size, W* y, int32_t* fault) {
+  ptx::begin_behind_the_kernel_in_front();
   const int64_t row = blockIdx.x;
   const int64_t index = indices[row];
   const bool known = index >= 0 && index < count;
@@ -36,10 +39,10 @@ class GatherRowsCuda final : public CudaKernel<GatherRows> {
  private:
   template <class W>
   void gather(const KernelArgs& args, int64_t row_bytes) {
-    gather_kernel<<<blocks_for(args.in(1).dims[0], 1), kThreads, 0, stream_of(args)>>>(
-        args.in(0).as<const W>(), args.in(1).as<const int64_t>(), args.in(0).dims[0],
-        row_bytes / static_cast<int64_t>(sizeof(W)), args.out(0).as<W>(), session_.fault(CudaFault::kRow));
-    check_launch("GatherRows");
+    launch_kernel(gather_kernel<W>, {dim3(blocks_for(args.in(1).dims[0], 1)), kThreads}, args.stream,
+                  "GatherRows", args.in(0).as<const W>(), args.in(1).as<const int64_t>(), args.in(0).dims[0],
+                  row_bytes / static_cast<int64_t>(sizeof(W)), args.out(0).as<W>(),
+                  session_.fault(CudaFault::kRow));
   }
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/check.h"
+#include "ops/decode_launch.cuh"
 #include "ops/many_row_linear_sm90.cuh"
 
 namespace modeltorch {
@@ -69,17 +70,8 @@ void launch(const ManyRowLinear& linear, cudaStream_t stream, int processors) {
   work.residual = linear.residual;
   work.y = linear.y;
   const int clusters = std::min(work.pairs * work.tiles, processors / 2);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {2, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = 2 * clusters;
-  config.blockDim = Tile::kThreads;
-  config.dynamicSmemBytes = Tile::kBytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  check_launch(cudaLaunchKernelEx(&config, kernel, work));
+  const LaunchShape shape{dim3(2 * clusters), Tile::kThreads, Tile::kBytes, 2};
+  launch_kernel(kernel, shape, stream, "many_row_linear", work);
 }
 
 template <class T>

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "ops/decode_ptx.cuh"
 #include "ops/hopper.cuh"
 #include "ops/pairs.cuh"
 
@@ -239,6 +240,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) linear_kernel(const __grid_
     }
     barrier_init_fence();
   }
+  ptx::begin_behind_the_kernel_in_front();
   cluster_wait();
   if (threadIdx.x < 128) {
     registers_give<40>();

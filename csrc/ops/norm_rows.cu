@@ -4,6 +4,8 @@
 
 #include "ops/add_rms_norm.h"
 #include "ops/cuda_kernel.cuh"
+#include "ops/decode_launch.cuh"
+#include "ops/decode_ptx.cuh"
 #include "ops/rms_norm.h"
 
 namespace modeltorch {
@@ -15,6 +17,7 @@ constexpr int kMostThreads = 512;
 template <class T>
 __global__ void __launch_bounds__(kMostThreads)
     norm_kernel(const T* x, const T* other, const T* gamma, float epsilon, int64_t size, T* sum, T* y) {
+  ptx::begin_behind_the_kernel_in_front();
   const int64_t row = blockIdx.x * size;
   float squares = 0.0f;
   for (int64_t at = threadIdx.x; at < size; at += blockDim.x) {
@@ -37,6 +40,7 @@ template <class T, int kPacks>
 __global__ void __launch_bounds__(kMostThreads)
     norm_packs_kernel(const T* x, const T* other, const T* gamma, float epsilon, int64_t size, T* sum, T* y) {
   constexpr int kSize = Pack<T>::kSize;
+  ptx::begin_behind_the_kernel_in_front();
   const int64_t row = blockIdx.x * size;
   Pack<T> held[kPacks];
   float squares = 0.0f;
@@ -86,8 +90,9 @@ void launch(const NormRows& args, cudaStream_t stream) {
   const int64_t packs = args.size / kSize;
   const auto with = [&](auto kernel, int64_t items) {
     const int64_t warps = (items + kWarpSize - 1) / kWarpSize;
-    const auto threads = static_cast<unsigned>(std::min<int64_t>(warps * kWarpSize, kMostThreads));
-    kernel<<<blocks, threads, 0, stream>>>(x, other, gamma, args.epsilon, args.size, sum, y);
+    const auto threads = static_cast<int>(std::min<int64_t>(warps * kWarpSize, kMostThreads));
+    launch_kernel(kernel, {dim3(blocks), threads}, stream, "norm_rows", x, other, gamma, args.epsilon,
+                  args.size, sum, y);
   };
   if (aligned && packs <= kMostThreads) {
     with(norm_packs_kernel<T, 1>, packs);
@@ -96,7 +101,6 @@ void launch(const NormRows& args, cudaStream_t stream) {
   } else {
     with(norm_kernel<T>, args.size);
   }
-  check_launch("norm_rows");
 }
 
 class RmsNormCuda final : public CudaKernel<RmsNorm> {

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "core/check.h"
+#include "ops/decode_launch.cuh"
 #include "ops/prefill_attention_mma.cuh"
 #include "ops/prefill_attention_sm90.cuh"
 
@@ -50,8 +51,8 @@ void launch_mma(const PrefillAttention& attention, cudaStream_t stream) {
   check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kBytes));
   const int64_t blocks =
       prefill_tile_bound(attention.tokens, attention.sequences, Tile::kRows) * attention.heads;
-  kernel<<<static_cast<unsigned>(blocks), Tile::kThreads, Tile::kBytes, stream>>>(describe<T>(attention));
-  check_launch(cudaGetLastError());
+  launch_kernel(kernel, {dim3(static_cast<unsigned>(blocks)), Tile::kThreads, Tile::kBytes}, stream,
+                "prefill_attention", describe<T>(attention));
 }
 
 /// A box of `rows` rows of one head, as slices of 64 columns.
@@ -78,8 +79,8 @@ void launch_sm90(const PrefillAttention& attention, cudaStream_t stream, int pro
   const int items = static_cast<int>(prefill_tile_bound(attention.tokens, attention.sequences, Tile::kRows) *
                                      attention.heads);
   const int blocks = std::min(items, processors);
-  kernel<<<blocks, Tile::kThreads, Tile::kBytes, stream>>>(describe<T>(attention), maps, items);
-  check_launch(cudaGetLastError());
+  launch_kernel(kernel, {dim3(blocks), Tile::kThreads, Tile::kBytes}, stream, "prefill_attention",
+                describe<T>(attention), maps, items);
 }
 
 /// Of the current device.

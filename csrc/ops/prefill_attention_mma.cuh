@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "ops/decode_ptx.cuh"
 #include "ops/pairs.cuh"
 #include "ops/prefill_tiles.cuh"
 
@@ -219,6 +220,7 @@ struct MmaRows {
 template <class T, int kHead, int kWarps, int kKeys>
 __global__ void __launch_bounds__(32 * kWarps) mma_prefill_kernel(const Launch<T> launch) {
   using Tile = MmaTile<T, kHead, kWarps, kKeys>;
+  ptx::begin_behind_the_kernel_in_front();
   extern __shared__ __align__(16) unsigned char memory[];
   T* const q = reinterpret_cast<T*>(memory);
   T* const k = q + Tile::kRows * Tile::kPitch;

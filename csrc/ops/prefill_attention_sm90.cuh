@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "ops/decode_ptx.cuh"
 #include "ops/hopper.cuh"
 #include "ops/pairs.cuh"
 #include "ops/prefill_attention_mma.cuh"
@@ -349,6 +350,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   unsigned char* const k = q + Tile::kStages * Tile::kQueryBytes;
   unsigned char* const v = k + Tile::kStages * Tile::kKeyBytes;
   if (threadIdx.x == 0) init_barriers<Tile>(shared);
+  ptx::begin_behind_the_kernel_in_front();
   __syncthreads();
 
   if (threadIdx.x < 128) {

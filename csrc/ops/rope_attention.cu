@@ -1,14 +1,18 @@
 #include "ops/rope_attention.h"
 
+#include <algorithm>
+
 #include "ops/cuda_kernel.cuh"
 #include "ops/decode_attention.h"
+#include "ops/decode_launch.cuh"
+#include "ops/decode_ptx.cuh"
 #include "ops/plain_attention.h"
 #include "ops/prefill_attention.h"
 
 namespace modeltorch {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kMostThreads = 256;
 
 // Turns the query and key heads of one token in place, and writes keys and values to the cache. N consecutive
 // elements of each half of a head at a time.
@@ -27,9 +31,10 @@ struct alignas(N * sizeof(T)) Group {
 };
 
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kMostThreads)
     rope_rows_kernel(T* qkv, const T* cos, const T* sin, const RopeRows rows, T* k_cache, T* v_cache) {
   using G = Group<T, N>;
+  ptx::begin_behind_the_kernel_in_front();
   const int64_t token = blockIdx.x;
   const int64_t half = rows.size / 2;
   const int64_t per_half = half / N;
@@ -40,7 +45,7 @@ __global__ void __launch_bounds__(kThreads)
     if (slot != -1 && threadIdx.x == 0) *rows.fault = 1;
     slot = -1;
   }
-  for (int64_t item = threadIdx.x; item < (rows.heads + rows.kv_heads) * per_half; item += kThreads) {
+  for (int64_t item = threadIdx.x; item < (rows.heads + rows.kv_heads) * per_half; item += blockDim.x) {
     const int64_t head = item / per_half;
     const int64_t at = item % per_half * N;
     G low = *reinterpret_cast<const G*>(row + head * rows.size + at);
@@ -65,9 +70,15 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (slot < 0) return;
   const T* value = row + (rows.heads + rows.kv_heads) * rows.size;
-  for (int64_t item = threadIdx.x; item < kv_size / N; item += kThreads) {
+  for (int64_t item = threadIdx.x; item < kv_size / N; item += blockDim.x) {
     reinterpret_cast<G*>(v_cache + slot * kv_size)[item] = reinterpret_cast<const G*>(value)[item];
   }
+}
+
+// Of a block that has so many items to go through.
+int threads_for(int64_t items) {
+  return static_cast<int>(
+      std::clamp<int64_t>((items + kWarpSize - 1) / kWarpSize * kWarpSize, kWarpSize, kMostThreads));
 }
 
 class RopeAttentionCuda final : public CudaKernel<RopeAttention> {
@@ -166,20 +177,20 @@ class RopeAttentionCuda final : public CudaKernel<RopeAttention> {
                         .slots = args.in(5).as<const int32_t>(),
                         .cache_rows = args.in(3).dims[0] * args.in(3).dims[1],
                         .fault = session_.fault(CudaFault::kSlot)};
+    const int64_t pairs = (shape.heads + shape.kv_heads) * shape.head_size / 2;
     for_type(dtype_, [&](auto type) {
       using T = Pointee<decltype(type)>;
-      const auto launch = [&](auto kernel) {
-        kernel<<<blocks_for(args.in(0).dims[0], 1), kThreads, 0, stream_of(args)>>>(
-            args.in(0).as<T>(), args.in(1).as<const T>(), args.in(2).as<const T>(), rows, args.in(3).as<T>(),
-            args.in(4).as<T>());
+      const auto launch = [&](auto kernel, int64_t items) {
+        launch_kernel(kernel, {dim3(blocks_for(args.in(0).dims[0], 1)), threads_for(items)}, args.stream,
+                      "RopeAttention", args.in(0).as<T>(), args.in(1).as<const T>(), args.in(2).as<const T>(),
+                      rows, args.in(3).as<T>(), args.in(4).as<T>());
       };
       if (packs_fit<T>(shape.head_size / 2, args.in(0).data, args.in(1).data, args.in(2).data,
                        args.in(3).data, args.in(4).data)) {
-        launch(rope_rows_kernel<T, Pack<T>::kSize>);
+        launch(rope_rows_kernel<T, Pack<T>::kSize>, pairs / Pack<T>::kSize);
       } else {
-        launch(rope_rows_kernel<T, 1>);
+        launch(rope_rows_kernel<T, 1>, pairs);
       }
-      check_launch("RopeAttention");
     });
   }
 

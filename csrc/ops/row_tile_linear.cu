@@ -179,8 +179,9 @@ void launch(const FewRowLinear& linear, const void* x, void* stream) {
   }
   const auto kernel = row_tiles::linear_kernel<T, kTokens>;
   allow_shared_memory(kernel, kMaxSharedBytes);
-  launch_kernel(kernel, w, dim3(clusters * w.splits), w.groups * 128 + 32, bytes, w.splits, stream,
-                "row_tile_linear");
+  const LaunchShape shape{dim3(clusters * w.splits), w.groups * 128 + 32, static_cast<size_t>(bytes),
+                          w.splits};
+  launch_kernel(kernel, shape, stream, "row_tile_linear", w);
 }
 
 template <class T>
