@@ -35,15 +35,21 @@ __global__ void __launch_bounds__(kMostThreads)
   }
 }
 
-// The same 16 bytes at a time; a thread keeps its part of the row in registers.
+// The same 16 bytes at a time; a thread keeps its part of the row, and of gamma, in registers.
 template <class T, int kPacks>
 __global__ void __launch_bounds__(kMostThreads)
     norm_packs_kernel(const T* x, const T* other, const T* gamma, float epsilon, int64_t size, T* sum, T* y) {
   constexpr int kSize = Pack<T>::kSize;
-  ptx::begin_behind_the_kernel_in_front();
   const int64_t row = blockIdx.x * size;
-  Pack<T> held[kPacks];
+  Pack<T> held[kPacks], factors[kPacks];
   float squares = 0.0f;
+  ptx::launch_dependents();
+#pragma unroll
+  for (int pack = 0; pack < kPacks; ++pack) {  // weights are there before the kernel in front has ended
+    const int64_t at = (pack * blockDim.x + threadIdx.x) * kSize;
+    if (at < size) factors[pack] = load_pack(gamma + at);
+  }
+  ptx::wait_for_dependencies();
 #pragma unroll
   for (int pack = 0; pack < kPacks; ++pack) {
     const int64_t at = (pack * blockDim.x + threadIdx.x) * kSize;
@@ -67,10 +73,9 @@ __global__ void __launch_bounds__(kMostThreads)
   for (int pack = 0; pack < kPacks; ++pack) {
     const int64_t at = (pack * blockDim.x + threadIdx.x) * kSize;
     if (at >= size) continue;
-    const Pack<T> factors = load_pack(gamma + at);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      const float value = to_float(held[pack].values[i]) * scale * to_float(factors.values[i]);
+      const float value = to_float(held[pack].values[i]) * scale * to_float(factors[pack].values[i]);
       held[pack].values[i] = from_float<T>(value);
     }
     store_pack(y + row + at, held[pack]);
