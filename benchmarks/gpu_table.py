@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_table.py benchmarks/results/CARD.jsonl [--into README.md]
 
-Beside our medians (least to most) stand what this project set itself as a bar, what vLLM 0.26.0 took on an NVIDIA H100
-80GB HBM3, and the floor of that card: the bytes of a step at its read-only rate, or its operations at the rate that
-cuBLAS sustains. The last line of a file for a workload counts.
+Beside our medians (least to most) stands which part they reach of the card's own limit, measured in the same run; then
+three references of an NVIDIA H100 80GB HBM3: what this project set itself as a bar, what vLLM 0.26.0 took, and the
+floor, which is the bytes of a step at that card's read-only rate, or its operations at the rate that cuBLAS sustains.
+The last line of a file for a workload counts.
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ def _cell(entry: dict[str, Any] | None) -> str:
     return f"{_figure(entry['value'])} ({_figure(entry['min'])} to {_figure(entry['max'])})"
 
 
+def _of_limit(entry: dict[str, Any] | None) -> str:
+    return f"{entry['fraction_of_limit']:.0%}" if entry is not None and "fraction_of_limit" in entry else ""
+
+
 def table(paths: list[Path]) -> str:
     """The table and a line that says what was measured on what.
 
@@ -65,12 +70,15 @@ def table(paths: list[Path]) -> str:
             if entry["device"] == "cuda" and entry["dtype"] == "bfloat16":
                 measured[entry["model"], entry["workload"]] = entry
     used = []
-    lines = ["| workload | modeltorch | bar | vLLM 0.26 | floor |", "|---|---|---|---|---|"]
+    lines = [
+        "| workload | modeltorch | of the limit | bar, H100 | vLLM 0.26, H100 | floor, H100 |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, model, workload, *references in ROWS:
         found = measured.get((model, workload))
         if found is not None:
             used.append(found)
-        lines.append(f"| {' | '.join([name, _cell(found), *references])} |")
+        lines.append(f"| {' | '.join([name, _cell(found), _of_limit(found), *references])} |")
     if not used:
         raise ValueError("no workload of the table was measured in bfloat16 on cuda")
     on = " and ".join(sorted({f"{entry['hardware']}, torch {entry['torch']}" for entry in used}))

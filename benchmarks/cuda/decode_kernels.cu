@@ -1,7 +1,7 @@
 // Checks and times the kernels of a decode step without torch:
 //   nvcc -std=c++20 -O3 -gencode arch=compute_90a,code=sm_90a -Icsrc benchmarks/cuda/decode_kernels.cu
-//        csrc/ops/few_row_linear.cu csrc/ops/row_tile_linear.cu csrc/ops/decode_attention.cu -o
-//        decode_kernels
+//        csrc/ops/few_row_linear.cu csrc/ops/row_tile_linear.cu csrc/ops/norm_rows.cu
+//        csrc/ops/decode_attention.cu -o decode_kernels
 //   decode_kernels check
 //   decode_kernels time 7b|1.5b|0.5b ROWS CONTEXT
 // `check` compares with plain float64 kernels. `time` replays CUDA graphs: of each kernel over weights that

@@ -44,7 +44,8 @@ inline const DecodeDevice& decode_device() {
 }
 
 /// Lets `kernel` have up to `bytes` of dynamic shared memory, and gives shared memory all of the cache that
-/// it can have: kernels that divide it differently cannot share a multiprocessor.
+/// it can have: kernels that divide it differently cannot share a multiprocessor, so that one that could
+/// begin before the other has ended would wait for an empty one.
 template <class Kernel>
 void allow_shared_memory(Kernel kernel, int bytes) {
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),

@@ -7,6 +7,7 @@
 #include "ops/few_row_linear_direct.cuh"
 #include "ops/few_row_linear_simple.cuh"
 #include "ops/few_row_linear_stream.cuh"
+#include "ops/norm_rows.h"
 #include "ops/row_tile_linear.h"
 
 namespace modeltorch {
@@ -76,11 +77,14 @@ PartTable part_table(const FewRowLinear& linear) {
 }
 
 void normalise(const FewRowLinear& linear, void* stream) {
-  const NormRowsParams params{linear.x, linear.gamma, linear.workspace, static_cast<int>(linear.k),
-                              linear.epsilon};
-  const auto kernel = linear.dtype == DType::kBFloat16 ? norm_rows<__nv_bfloat16> : norm_rows<__half>;
-  allow_shared_memory(kernel, 0);  // a kernel that divides memory otherwise would wait for an empty processor
-  launch_kernel(kernel, {dim3(linear.rows), kNormThreads}, stream, "few_row_linear: norm", params);
+  norm_rows({.dtype = linear.dtype,
+             .rows = linear.rows,
+             .size = linear.k,
+             .x = linear.x,
+             .gamma = linear.gamma,
+             .epsilon = linear.epsilon,
+             .y = linear.workspace},
+            stream);
 }
 
 void launch_simple(const FewRowLinear& linear, const void* x, void* stream) {

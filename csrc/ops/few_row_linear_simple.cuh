@@ -1,64 +1,10 @@
 #pragma once
 
-// few_row_linear on devices before Hopper, and the norm that runs as a kernel of its own where the prologue
-// of the linear map cannot do it.
+// few_row_linear on devices before Hopper.
 
 #include "ops/decode_ptx.cuh"
 
 namespace modeltorch {
-
-struct NormRowsParams {
-  const void* x;
-  const void* gamma;
-  void* y;
-  int k;
-  float epsilon;
-};
-
-inline constexpr int kNormThreads = 256;
-
-/// y = x / sqrt(mean(x^2) + epsilon) * gamma, one block a row; k is a multiple of 8. What a thread can hold
-/// is read once: the next kernel's weights are on their way already, and a load waits behind them for long.
-template <class T>
-__global__ void __launch_bounds__(kNormThreads) norm_rows(const __grid_constant__ NormRowsParams p) {
-  __shared__ float partial[kNormThreads / 32];
-  constexpr int kHeld = 4;
-  ptx::launch_dependents();
-  const int vectors = p.k / 8;
-  const uint4* gamma = static_cast<const uint4*>(p.gamma);
-  const uint4* x = static_cast<const uint4*>(p.x) + static_cast<int64_t>(blockIdx.x) * vectors;
-  uint4* y = static_cast<uint4*>(p.y) + static_cast<int64_t>(blockIdx.x) * vectors;
-  uint4 held_gamma[kHeld] = {}, held_x[kHeld] = {};
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int at = threadIdx.x + i * kNormThreads;
-    if (at < vectors) held_gamma[i] = __ldg(gamma + at);
-  }
-  ptx::wait_for_dependencies();
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int at = threadIdx.x + i * kNormThreads;
-    if (at < vectors) held_x[i] = __ldcg(x + at);
-  }
-  float squares = 0;
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) squares += ptx::sum_squares<T>(held_x[i]);
-  for (int i = threadIdx.x + kHeld * kNormThreads; i < vectors; i += kNormThreads)
-    squares += ptx::sum_squares<T>(__ldcg(x + i));
-  for (int mask = 16; mask; mask /= 2) squares += __shfl_xor_sync(~0u, squares, mask);
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = squares;
-  __syncthreads();
-  squares = 0;
-  for (const float sum : partial) squares += sum;
-  const float factor = rsqrtf(squares / static_cast<float>(p.k) + p.epsilon);
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int at = threadIdx.x + i * kNormThreads;
-    if (at < vectors) y[at] = ptx::scaled<T>(held_x[i], factor, held_gamma[i]);
-  }
-  for (int i = threadIdx.x + kHeld * kNormThreads; i < vectors; i += kNormThreads)
-    y[i] = ptx::scaled<T>(__ldcg(x + i), factor, __ldg(gamma + i));
-}
 
 /// What the simple kernel reads of a FewRowLinear; x is normalised already.
 struct SimpleLinearParams {

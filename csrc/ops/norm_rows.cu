@@ -2,11 +2,9 @@
 
 #include <algorithm>
 
-#include "ops/add_rms_norm.h"
 #include "ops/cuda_kernel.cuh"
 #include "ops/decode_launch.cuh"
 #include "ops/decode_ptx.cuh"
-#include "ops/rms_norm.h"
 
 namespace modeltorch {
 namespace {
@@ -96,6 +94,7 @@ void launch(const NormRows& args, cudaStream_t stream) {
   const auto with = [&](auto kernel, int64_t items) {
     const int64_t warps = (items + kWarpSize - 1) / kWarpSize;
     const auto threads = static_cast<int>(std::min<int64_t>(warps * kWarpSize, kMostThreads));
+    allow_shared_memory(kernel, 0);
     launch_kernel(kernel, {dim3(blocks), threads}, stream, "norm_rows", x, other, gamma, args.epsilon,
                   args.size, sum, y);
   };
@@ -107,43 +106,6 @@ void launch(const NormRows& args, cudaStream_t stream) {
     with(norm_kernel<T>, args.size);
   }
 }
-
-class RmsNormCuda final : public CudaKernel<RmsNorm> {
- public:
-  using CudaKernel::CudaKernel;
-
-  void run(const KernelArgs& args) override {
-    norm_rows({.dtype = dtype_,
-               .rows = args.in(0).dims[0],
-               .size = args.in(0).dims[1],
-               .x = args.in(0).data,
-               .gamma = args.in(1).data,
-               .epsilon = op_.epsilon,
-               .y = args.out(0).data},
-              args.stream);
-  }
-};
-
-class AddRmsNormCuda final : public CudaKernel<AddRmsNorm> {
- public:
-  using CudaKernel::CudaKernel;
-
-  void run(const KernelArgs& args) override {
-    norm_rows({.dtype = dtype_,
-               .rows = args.in(0).dims[0],
-               .size = args.in(0).dims[1],
-               .x = args.in(0).data,
-               .other = args.in(1).data,
-               .gamma = args.in(2).data,
-               .epsilon = op_.epsilon,
-               .sum = args.out(0).data,
-               .y = args.out(1).data},
-              args.stream);
-  }
-};
-
-const bool norm_registered = register_cuda<RmsNorm, RmsNormCuda>();
-const bool add_norm_registered = register_cuda<AddRmsNorm, AddRmsNormCuda>();
 
 }  // namespace
 

@@ -181,6 +181,7 @@ class RopeAttentionCuda final : public CudaKernel<RopeAttention> {
     for_type(dtype_, [&](auto type) {
       using T = Pointee<decltype(type)>;
       const auto launch = [&](auto kernel, int64_t items) {
+        allow_shared_memory(kernel, 0);
         launch_kernel(kernel, {dim3(blocks_for(args.in(0).dims[0], 1)), threads_for(items)}, args.stream,
                       "RopeAttention", args.in(0).as<T>(), args.in(1).as<const T>(), args.in(2).as<const T>(),
                       rows, args.in(3).as<T>(), args.in(4).as<T>());
