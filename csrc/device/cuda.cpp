@@ -267,6 +267,7 @@ struct Timer {
 size_t CudaSession::measure(std::span<const Way> ways, cudaStream_t stream) {
   constexpr size_t kMoreThanCaches = size_t{128} << 20;
   constexpr int kRuns = 5;
+  constexpr float kGainOfOverlap = 0.002f;  // ms
   const CudaMemoryPtr scratch = cuda_host().allocate(kMoreThanCaches, device().index);
   check_cuda(cudaMemsetAsync(scratch->data(), 0, kMoreThanCaches, stream), "cudaMemsetAsync");
   const Timer timer;
@@ -285,9 +286,9 @@ size_t CudaSession::measure(std::span<const Way> ways, cudaStream_t stream) {
       check_cuda(cudaEventElapsedTime(&time, timer.begin, timer.end), "cudaEventElapsedTime");
     }
     std::sort(times.begin(), times.end());
-    // Alone, a launch cannot show what it gains by beginning before the one in front has ended: the earlier
-    // way stays unless a later one is clearly faster.
-    if (times[kRuns / 2] >= 0.93f * least) continue;
+    // Alone, a launch cannot show what it gains by beginning before the one in front has ended, which is a
+    // microsecond or two: the earlier way stays unless a later one is faster by more.
+    if (times[kRuns / 2] >= std::min(0.93f * least, least - kGainOfOverlap)) continue;
     least = times[kRuns / 2];
     best = way;
   }
