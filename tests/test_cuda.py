@@ -10,7 +10,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -172,10 +174,9 @@ def test_steps_on_changing_streams_come_in_order():
         assert close(logits, cpu.decode({n: step + n for n in range(3)}))
 
 
-def test_a_step_waits_for_nothing():
-    gpu, _ = prefilled()
-    gpu.decode({0: 1, 1: 2})
-    steps = [gpu.decode_inputs({0: 1, 1: token}) for token in range(4)]
+@contextmanager
+def waiting_for_nothing() -> Iterator[None]:
+    """Behind long work of the GPU: what is done inside neither asks torch to wait nor waits itself."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -184,12 +185,20 @@ def test_a_step_waits_for_nothing():
             busy = busy @ busy
         done = torch.cuda.Event()
         done.record()
-        for inputs, parameters in steps:
-            gpu.decoder.execute(inputs, parameters)
+        yield
         assert not done.query()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
+
+
+def test_a_step_waits_for_nothing():
+    gpu, _ = prefilled()
+    gpu.decode({0: 1, 1: 2})
+    steps = [gpu.decode_inputs({0: 1, 1: token}) for token in range(4)]
+    with waiting_for_nothing():
+        for inputs, parameters in steps:
+            gpu.decoder.execute(inputs, parameters)
 
 
 def test_the_callers_own_capture_records_a_step():
@@ -372,21 +381,10 @@ def test_choosing_tokens_waits_for_nothing(options):
     logits = torch.randn(24, 5000, device="cuda")
     sampler = Sampler()
     sampler.choose(logits, drawn_rows(24, **options))
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        busy = torch.zeros(4096, 4096, device="cuda")
-        for _ in range(50):
-            busy = busy @ busy
-        done = torch.cuda.Event()
-        done.record()
+    with waiting_for_nothing():
         rows = drawn_rows(24, **options)
         for _ in range(4):
             sampler.choose(logits, rows)
-        assert not done.query()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.synchronize()
 
 
 def test_a_prefill_is_launched_before_the_one_in_front_has_ended(monkeypatch):
