@@ -14,6 +14,9 @@ bool aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
+// Clusters of more than two of these blocks do not all find room on the device beside the kernel in front.
+constexpr int kMaxWideBlocks = 64;
+
 /// Blocks that share the context of one sequence and key-value head: as many as the device has
 /// multiprocessors for.
 int split_count(const DecodeAttention& attention, int head_tiles) {
@@ -53,9 +56,11 @@ void launch_head_size(const DecodeAttention& attention, const DecodeAttentionPar
   if (!device.hopper) {  // half the shared memory, or less
     return launch_shape<T, DecodeShape<kD, 4, kD <= 64 ? 3 : kD <= 128 ? 2 : 1>>(attention, params, stream);
   }
-  if (blocks <= device.multiprocessors) {
+  if (blocks <= (params.splits > 2 ? kMaxWideBlocks : device.multiprocessors)) {
     return launch_shape<T, DecodeShape<kD, 8, kLong>>(attention, params, stream);
   }
+  if (params.splits > 1)
+    return launch_shape<T, DecodeShape<kD, 4, kD <= 64 ? 3 : 2>>(attention, params, stream);
   launch_shape<T, DecodeShape<kD, 4, kShort>>(attention, params, stream);
 }
 
