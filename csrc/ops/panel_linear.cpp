@@ -1,6 +1,7 @@
 #include "ops/panel_linear.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "core/parallel.h"
 #include "ops/cpu_kernel.h"
@@ -12,7 +13,10 @@ constexpr int64_t kGroupColumns = 4 * kPanelRows;  // columns that a thread comp
 constexpr int64_t kFewRows = 8;                    // up to here a weight is read once, without blocks
 constexpr int64_t kOperationsPerStep = 32;         // that one instruction does
 constexpr int64_t kBlockStep = 32;                 // rows of blocks are a multiple of it
-constexpr int64_t kPartsPerThread = 4;             // at least, so that threads end together
+constexpr int64_t kStreamedGroups = 4;             // that pass few rows before their next summands
+constexpr int64_t kTileRows = 16;                  // of PanelProduct::tiles
+constexpr int64_t kTileSummands = 32;
+constexpr int64_t kPartsPerThread = 4;  // at least, so that threads end together
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -34,26 +38,40 @@ PanelLinear::Cut PanelLinear::cut(int64_t rows) const {
   int64_t blocks = ceil_div(rows, most);
   while (blocks * groups() < kPartsPerThread * threads_ && rows > 2 * kBlockStep * blocks) ++blocks;
   const int64_t each = std::min(rows, ceil_div(ceil_div(rows, blocks), kBlockStep) * kBlockStep);
+  const bool is_streamed = each <= blocking.streamed_rows;
+  const int64_t summands = is_streamed ? blocking.streamed_summands : blocking.summands;
   // Sums in float32 between passes cost more than a block that is somewhat too large.
-  int64_t resident = blocking.resident / each / blocking.summands * blocking.summands;
+  int64_t resident = blocking.resident / each / summands * summands;
   if (weight_->k <= 2 * resident || resident == 0) resident = weight_->k;
-  return {each, ceil_div(rows, each), resident};
+  const int64_t columns = groups() / threads_ * kGroupColumns;
+  const bool has_tiles = !is_streamed && blocking.tiles_columns > 0 && columns >= blocking.tiles_columns;
+  return {each, ceil_div(rows, each), resident, summands, is_streamed ? kStreamedGroups : 1, has_tiles};
 }
 
-// Sums of one group, or of all if other columns come between the passes over one.
-int64_t PanelLinear::sums_per_thread(int64_t rows) const {
-  if (rows <= kFewRows || weight_->k <= panel_kernels()->blocking.summands) return 0;
+// Sums of the groups of a product, or of all if other columns come between the passes over one.
+int64_t PanelLinear::sums_per_thread(const Cut& cut) const {
+  if (weight_->k <= cut.summands) return 0;
+  return cut.rows * kGroupColumns * (cut.resident < weight_->k ? groups() : cut.groups);
+}
+
+int64_t PanelLinear::tiles_per_thread(const Cut& cut) const {
+  return cut.has_tiles ? ceil_div(cut.rows, kTileRows) * kTileRows * cut.resident : 0;
+}
+
+size_t PanelLinear::scratch_bytes(int64_t rows) const {
+  if (rows <= kFewRows) return 0;
   const Cut cut = this->cut(rows);
-  return cut.rows * kGroupColumns * (cut.resident < weight_->k ? groups() : 1);
+  return static_cast<size_t>(sums_per_thread(cut)) * sizeof(float) +
+         static_cast<size_t>(tiles_per_thread(cut)) * sizeof(BFloat16);
 }
 
 // Fewer rows than there is room for may be cut into longer blocks. Between multiples of kBlockStep nothing
 // grows.
 size_t PanelLinear::workspace_bytes() const {
-  int64_t most = 0;
+  size_t most = 0;
   for (int64_t rows = ceil_div(rows_, kBlockStep) * kBlockStep; rows > 0; rows -= kBlockStep)
-    most = std::max(most, sums_per_thread(rows));
-  return static_cast<size_t>(threads_ * most) * sizeof(float);
+    most = std::max(most, scratch_bytes(rows));
+  return static_cast<size_t>(threads_) * most;
 }
 
 void PanelLinear::run(const KernelArgs& args) {
@@ -67,7 +85,11 @@ void PanelLinear::run(const KernelArgs& args) {
     });
   }
   const Cut cut = this->cut(rows);
-  const int64_t sums = sums_per_thread(rows);
+  const auto scratch_of = [&](int64_t thread) {
+    auto* at = static_cast<std::byte*>(args.workspace) + static_cast<size_t>(thread) * scratch_bytes(rows);
+    auto* sums = reinterpret_cast<float*>(at);
+    return Scratch{sums, reinterpret_cast<BFloat16*>(sums + sums_per_thread(cut))};
+  };
   parallel_for(threads_, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       for (int64_t row = 0; row < rows; row += cut.rows) {
@@ -78,8 +100,7 @@ void PanelLinear::run(const KernelArgs& args) {
           return std::clamp<int64_t>(ceil_div(std::max<int64_t>(0, ahead), count), 0, groups());
         };
         const Part part{row, count, first_of(thread), first_of(thread + 1)};
-        if (part.begin < part.end)
-          multiply(part, cut, args, static_cast<float*>(args.workspace) + thread * sums);
+        if (part.begin < part.end) multiply(part, cut, args, scratch_of(thread));
       }
     }
   });
@@ -107,28 +128,47 @@ void PanelLinear::finish(const PanelProduct& product, const Part& part, const Ke
   panel_kernels()->to_bfloat16(product, bias, y + column, stride);
 }
 
-void PanelLinear::multiply(const Part& part, const Cut& cut, const KernelArgs& args, float* sums) const {
+// Whole tiles of summands [from, from + k) of the rows of a part (PanelProduct::tiles).
+void PanelLinear::copy_tiles(const Part& part, const KernelArgs& args, int64_t from, int64_t k,
+                             BFloat16* tiles) const {
+  const BFloat16* x = args.in(0).as<BFloat16>() + part.row * weight_->k + from;
+  const int64_t across = k / kTileSummands;
+  for (int64_t row = 0; row < part.rows; ++row) {
+    BFloat16* to = tiles + (row / kTileRows * across * kTileRows + row % kTileRows) * kTileSummands;
+    for (int64_t tile = 0; tile < across; ++tile) {
+      std::memcpy(to + tile * kTileRows * kTileSummands, x + row * weight_->k + tile * kTileSummands,
+                  kTileSummands * sizeof(BFloat16));
+    }
+  }
+}
+
+void PanelLinear::multiply(const Part& part, const Cut& cut, const KernelArgs& args,
+                           const Scratch& scratch) const {
   const int64_t k = weight_->k;
-  const int64_t summands = panel_kernels()->blocking.summands;
   for (int64_t pass = 0; pass < k; pass += cut.resident) {
     const int64_t pass_end = std::min(k, pass + cut.resident);
-    for (int64_t group = part.begin; group < part.end; ++group) {
-      const Part one{part.row, part.rows, group, group + 1};
-      float* group_sums = sums + (cut.resident < k ? (group - part.begin) * cut.rows * kGroupColumns : 0);
-      for (int64_t from = pass; from < pass_end; from += summands) {
-        PanelProduct product = product_of(one, args, from, std::min(summands, pass_end - from));
-        product.sums = from > 0 ? group_sums : nullptr;
-        product.sums_stride = kGroupColumns;
-        const bool is_last_of_pass = from + summands >= pass_end;
-        if (!is_last_of_pass) {
-          product.next = product.panels + summands * kPanelRows;
-        } else if (group + 1 < part.end) {
-          product.next = product.panels + (pass - from) * kPanelRows + kGroupColumns * k;
+    if (cut.has_tiles) copy_tiles(part, args, pass, pass_end - pass, scratch.tiles);
+    for (int64_t group = part.begin; group < part.end; group += cut.groups) {
+      const Part some{part.row, part.rows, group, std::min(group + cut.groups, part.end)};
+      float* sums = scratch.sums + (cut.resident < k ? (group - part.begin) * cut.rows * kGroupColumns : 0);
+      for (int64_t from = pass; from < pass_end; from += cut.summands) {
+        PanelProduct product = product_of(some, args, from, std::min(cut.summands, pass_end - from));
+        product.sums = from > 0 ? sums : nullptr;
+        product.sums_stride = kGroupColumns * cut.groups;
+        if (cut.has_tiles) {
+          product.tiles = scratch.tiles + (from - pass) * kTileRows;
+          product.tiles_stride = (pass_end - pass) / kTileSummands * kTileSummands * kTileRows;
         }
-        if (from + summands >= k) {
-          finish(product, one, args);
+        const bool is_last_of_pass = from + cut.summands >= pass_end;
+        if (!is_last_of_pass) {
+          product.next = product.panels + cut.summands * kPanelRows;
+        } else if (some.end < part.end) {
+          product.next = product.panels + (pass - from) * kPanelRows + cut.groups * kGroupColumns * k;
+        }
+        if (from + cut.summands >= k) {
+          finish(product, some, args);
         } else {
-          panel_kernels()->to_float(product, group_sums, kGroupColumns);
+          panel_kernels()->to_float(product, sums, product.sums_stride);
         }
       }
     }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "core/parallel.h"
 #include "ops/cpu_kernel.h"
@@ -10,6 +11,8 @@ namespace modeltorch {
 namespace {
 
 constexpr int64_t kChunk = 128;       // keys of a softmax step, a multiple of 16
+constexpr int64_t kPast = 32;         // weights past a chunk that may be read
+constexpr int64_t kLine = 32;         // elements in a line of the processor's caches
 constexpr int64_t kFewestKeys = 256;  // that are worth a part of their own
 
 int64_t aligned(int64_t bytes) {
@@ -30,10 +33,10 @@ struct PanelPagedAttention::State {
 PanelPagedAttention::PanelPagedAttention(const AttentionShape& shape, int64_t sequences)
     : shape_(shape), tasks_(sequences * shape.kv_heads), threads_(pool_width()) {}
 
-// Scores in float32 and weights in bfloat16 of one chunk; one weight more is read.
+// Scores in float32 and weights in bfloat16 of one chunk.
 size_t PanelPagedAttention::scratch_bytes() const {
   return static_cast<size_t>(aligned(shape_.group() * kChunk * 4) +
-                             aligned(shape_.group() * (kChunk + 2) * 2));
+                             aligned(shape_.group() * (kChunk + kPast) * 2));
 }
 
 size_t PanelPagedAttention::workspace_bytes() const {
@@ -58,15 +61,23 @@ void PanelPagedAttention::run(const KernelArgs& args) {
   const int32_t* lengths = args.in(4).as<int32_t>();
   auto* states = static_cast<float*>(args.workspace);
   char* scratch = static_cast<char*>(args.workspace) + aligned((tasks_ + 2 * threads_) * state_floats() * 4);
+  const int64_t total = std::accumulate(lengths, lengths + args.in(4).dims[0], int64_t{0}) * shape_.kv_heads;
   parallel_for(threads_, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t item = thread; item < tasks * parts; item += threads_) {
+      // A thread takes neighbours, as many as make its share of the keys: the heads of a sequence lie side by
+      // side in memory.
+      int64_t before = 0;
+      for (int64_t item = 0; item < tasks * parts; ++item) {
         const int64_t task = item / parts;
         const int64_t length = lengths[task / shape_.kv_heads];
         const int64_t each = (length + parts - 1) / parts;
         const int64_t first = std::min(length, item % parts * each);
-        attend(args, task, first, std::min(length, first + each),
-               State(states + item * state_floats(), shape_), scratch + thread * scratch_bytes());
+        const int64_t last = std::min(length, first + each);
+        const int64_t owner = std::min(threads_ - 1, before * threads_ / std::max<int64_t>(1, total));
+        before += last - first;
+        if (owner != thread) continue;
+        attend(args, task, first, last, State(states + item * state_floats(), shape_),
+               scratch + thread * scratch_bytes());
       }
     }
   });
@@ -103,6 +114,13 @@ void PanelPagedAttention::attend(const KernelArgs& args, int64_t task, int64_t f
   };
   for (int64_t from = first; from < last; from += kChunk) {
     const int64_t to = std::min(last, from + kChunk);
+    // Values come from memory while keys are scored.
+    each_run(from, to, [&](int64_t at, int64_t, int64_t count) {
+      for (int64_t key = 0; key < count; ++key) {
+        const BFloat16* value = args.in(2).as<BFloat16>() + at + key * stride;
+        for (int64_t i = 0; i < d; i += kLine) __builtin_prefetch(value + i);
+      }
+    });
     const int64_t padded = (to - from + kPanelRows - 1) / kPanelRows * kPanelRows;
     each_run(from, to, [&](int64_t at, int64_t offset, int64_t count) {
       kernels.score_keys(queries, group, d, args.in(1).as<BFloat16>() + at, stride, count, scores + offset,
@@ -116,15 +134,16 @@ void PanelPagedAttention::attend(const KernelArgs& args, int64_t task, int64_t f
                     .scores_stride = kChunk,
                     .count = padded,
                     .weights = weights,
-                    .weights_stride = kChunk + 2,
+                    .weights_stride = kChunk + kPast,
                     .maxima = state.maxima,
                     .sums = state.sums,
                     .out = state.out,
                     .d = d});
-    for (int64_t row = 0; row < group; ++row) weights[row * (kChunk + 2) + padded] = BFloat16(0.0f);
+    for (int64_t row = 0; row < group; ++row)
+      std::fill_n(weights + row * (kChunk + kPast) + padded, kPast, BFloat16(0.0f));
     each_run(from, to, [&](int64_t at, int64_t offset, int64_t count) {
-      kernels.weigh_values(weights + offset, kChunk + 2, group, args.in(2).as<BFloat16>() + at, stride, count,
-                           state.out, d);
+      kernels.weigh_values(weights + offset, kChunk + kPast, group, args.in(2).as<BFloat16>() + at, stride,
+                           count, state.out, d);
     });
   }
 }

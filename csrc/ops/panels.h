@@ -46,6 +46,11 @@ struct PanelProduct {
   int64_t sums_stride = 0;
   const BFloat16* next =
       nullptr;  ///< panels that are read after these, asked of the memory meanwhile, or null
+  /// The whole tiles of the rows of a once more, each tile of 16 rows by 32 summands in one piece: the one of
+  /// rows 16 i and on and summands 32 j and on starts at i * tiles_stride + j * 512. Null: there are none.
+  const BFloat16* tiles = nullptr;
+  int64_t tiles_stride = 0;
+  bool asks_ahead = false;  ///< a few rows read panels that are far away
 };
 
 /// A step of the running softmax (Milakov and Gimelshein, 2018) of several rows over the same keys: row i
@@ -66,12 +71,18 @@ struct SoftmaxStep {
   int64_t d = 0;            ///< a multiple of 16
 };
 
-/// How products of many rows are cut so that what is read again is still in a cache.
+/// How products of more than a few rows are cut so that what is read again is still in a cache.
 struct PanelBlocking {
   int64_t least_rows = 0;  ///< of a block of rows that all columns are multiplied with
   int64_t most_rows = 0;
   int64_t resident = 0;  ///< elements of such a block that stay in the second-level cache
   int64_t summands = 0;  ///< of two panels that stay in the nearest one
+  /// Blocks of up to so many rows stay in the nearest cache instead, streamed_summands of each at a time, and
+  /// panels pass through.
+  int64_t streamed_rows = 0;
+  int64_t streamed_summands = 0;
+  /// Columns of a thread from which on other rows are worth copying into PanelProduct::tiles. 0: never.
+  int64_t tiles_columns = 0;
 };
 
 /// The inner loops over panels. Sums are float32.
@@ -96,8 +107,8 @@ struct PanelKernels {
   /// packed.
   void (*score_keys)(const BFloat16* queries, int64_t rows, int64_t d, const BFloat16* keys, int64_t stride,
                      int64_t count, float* scores, int64_t scores_stride);
-  /// out[r * d + i] += sum over j of weights[r * weights_stride + j] * value j [i], d a multiple of 16. The
-  /// weight after the last key is read, and must be finite.
+  /// out[r * d + i] += sum over j of weights[r * weights_stride + j] * value j [i], d a multiple of 16. As
+  /// many weights after the last key as fill up a multiple of 32 may be read, and must be finite.
   void (*weigh_values)(const BFloat16* weights, int64_t weights_stride, int64_t rows, const BFloat16* values,
                        int64_t stride, int64_t count, float* out, int64_t d);
 };

@@ -165,16 +165,21 @@ static inline void run_panels(const PanelProduct& product, const Sink& sink, int
 
 // Few rows: all of them in one tile, so that every weight is read once, with as many panels as the registers
 // hold.
-template <int64_t R, class Sink>
-static inline void run_few_rows(const PanelProduct& product, const Sink& sink) {
+template <int64_t R, bool kPrefetch, class Sink>
+static inline void run_row_tile(const PanelProduct& product, const Sink& sink) {
   constexpr int64_t kMost = R == 1 ? 4 : R <= 3 ? 8 : R == 4 ? 6 : R <= 6 ? 4 : 3;
   constexpr int64_t kPanels = kMost / Sink::kStep * Sink::kStep;
-  constexpr bool kPrefetch = R > 4;
   const int64_t panels = (product.n + kPanelRows - 1) / kPanelRows;
   int64_t panel = 0;
   for (; panel + kPanels <= panels; panel += kPanels)
     run_tile<R, kPanels, kPrefetch>(product, sink, 0, panel);
   for (; panel < panels; panel += Sink::kStep) run_tile<R, Sink::kStep, kPrefetch>(product, sink, 0, panel);
+}
+
+template <int64_t R, class Sink>
+static inline void run_few_rows(const PanelProduct& product, const Sink& sink) {
+  if (R > 4 || product.asks_ahead) return run_row_tile<R, true>(product, sink);
+  if constexpr (R <= 4) run_row_tile<R, false>(product, sink);
 }
 
 template <class Sink>
@@ -312,17 +317,6 @@ static void score_keys(const BFloat16* queries, int64_t rows, int64_t d, const B
       }
     }
   }
-}
-
-// Pairs (value j, value j + 1) of 16 columns; the second is zero past the last key.
-static inline __m512bh pair_values(const BFloat16* value, int64_t stride, bool has_second) {
-  const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(value));
-  __m512i pairs = _mm512_cvtepu16_epi32(first);
-  if (has_second) {
-    const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(value + stride));
-    pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
-  }
-  return reinterpret_cast<__m512bh>(pairs);
 }
 
 // R rows, C vectors of 16 columns.

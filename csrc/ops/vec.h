@@ -174,4 +174,15 @@ static inline Vec swiglu_of(Vec gate, Vec up) {
          up;
 }
 
+// Pairs (value j, value j + 1) of 16 columns; the second is zero past the last key.
+static inline __m512bh pair_values(const BFloat16* value, int64_t stride, bool has_second) {
+  const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(value));
+  __m512i pairs = _mm512_cvtepu16_epi32(first);
+  if (has_second) {
+    const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(value + stride));
+    pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+  }
+  return reinterpret_cast<__m512bh>(pairs);
+}
+
 #endif

@@ -125,9 +125,15 @@ TEST(packed_linear_matches_plain_loops) {
       check_linear(random, DType::kBFloat16, rows, 64, {{1202, true, true}});
     for (const int64_t rows : {1, 9, 40})
       check_linear(random, DType::kBFloat16, rows, 5190, {{18, true, true}});
+    // Some tens of rows, whose sums are taken in parts over several groups of columns at a time.
+    for (const int64_t rows : {9, 32, 33, 64, 65})
+      check_linear(random, DType::kBFloat16, rows, 902, {{338, true, true}});
+    // Columns enough for rows to be copied into tiles, whole and with a part of a tile of summands behind.
+    for (const int64_t rows : {65, 96, 193})
+      check_linear(random, DType::kBFloat16, rows, 94, {{3202, true, true}});
   });
   const bool has_panels = panel_kernels() != nullptr;
-  expect(packed_runs == (has_panels ? 2 * (16 * 5 * 6 + 6) : 0), "packed runs: ", packed_runs);
+  expect(packed_runs == (has_panels ? 2 * (16 * 5 * 6 + 14) : 0), "packed runs: ", packed_runs);
 }
 
 // Gate and up as one weight and as two; halves that are whole panels, and others. Returns gated packed
@@ -188,8 +194,9 @@ TEST(linear_and_swiglu_match_plain_loops) {
       }
     }
     gated += check_linear_swiglu(random, DType::kBFloat16, 40, 5190, 16, false, false);
+    gated += check_linear_swiglu(random, DType::kBFloat16, 70, 98, 1600, true, false);
   });
-  expect(gated == (panel_kernels() == nullptr ? 0 : 2 * (12 * 2 * 2 + 1)), "gated weights: ", gated);
+  expect(gated == (panel_kernels() == nullptr ? 0 : 2 * (12 * 2 * 2 + 2)), "gated weights: ", gated);
 }
 
 // Blocks of rows, and sums of several passes over all columns of a thread before the next pass.
