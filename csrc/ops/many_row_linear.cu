@@ -13,20 +13,6 @@ namespace {
 using many_rows::Tile;
 using many_rows::Work;
 
-void check_launch(cudaError_t status) {
-  if (status != cudaSuccess) {
-    fail(ErrorKind::kRuntime, "many_row_linear: CUDA could not launch it: ", cudaGetErrorString(status));
-  }
-}
-
-/// Of the current device.
-int attribute(cudaDeviceAttr name) {
-  int device = 0, value = 0;
-  check_launch(cudaGetDevice(&device));
-  check_launch(cudaDeviceGetAttribute(&value, name, device));
-  return value;
-}
-
 /// Rounds that the clusters of `processors` need for tiles of `columns` columns of y.
 int64_t rounds(const ManyRowLinear& linear, int columns, int processors) {
   const int64_t pairs = (linear.rows + 255) / 256;
@@ -55,7 +41,7 @@ CUtensorMap matrix_map(const ManyRowLinear& linear, const void* data, int64_t ro
 template <class Tile>
 void launch(const ManyRowLinear& linear, cudaStream_t stream, int processors) {
   const auto kernel = many_rows::linear_kernel<Tile>;
-  check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kBytes));
+  allow_shared_memory(kernel, Tile::kBytes);
   Work work{};
   work.x = matrix_map(linear, linear.x, linear.rows, Tile::kRows);
   work.weights[0] = matrix_map(linear, linear.weight, linear.n, Tile::kWide / 2);
@@ -76,7 +62,7 @@ void launch(const ManyRowLinear& linear, cudaStream_t stream, int processors) {
 
 template <class T>
 void launch_best(const ManyRowLinear& linear, cudaStream_t stream) {
-  const int processors = attribute(cudaDevAttrMultiProcessorCount);
+  const int processors = decode_device().multiprocessors;
   switch (best_columns(linear, processors)) {
     case 256:
       return launch<Tile<T, false, 256, 4>>(linear, stream, processors);
@@ -100,12 +86,11 @@ bool many_row_linear_fits(const ManyRowLinear& linear) {
          linear.n % 8 == 0 && linear.n < 1 << 28 && linear.k > 0 && linear.k % 8 == 0 &&
          linear.rows < 1 << 28 && aligned(linear.x) && aligned(linear.weight) && aligned(linear.up) &&
          aligned(linear.residual) && aligned(linear.y) &&
-         (linear.up == nullptr || linear.residual == nullptr) &&
-         attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+         (linear.up == nullptr || linear.residual == nullptr) && decode_device().hopper;
 }
 
 double many_row_linear_yield(const ManyRowLinear& linear) {
-  const int processors = attribute(cudaDevAttrMultiProcessorCount);
+  const int processors = decode_device().multiprocessors;
   const int columns = best_columns(linear, processors);
   return static_cast<double>(linear.rows) * linear.n /
          (static_cast<double>(rounds(linear, columns, processors)) * (processors / 2) * 256 * columns);

@@ -18,12 +18,6 @@ bool aligned(const void* pointer, int64_t stride) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % 8 == 0;
 }
 
-void check_launch(cudaError_t status) {
-  if (status != cudaSuccess) {
-    fail(ErrorKind::kRuntime, "prefill_attention: CUDA could not launch it: ", cudaGetErrorString(status));
-  }
-}
-
 template <class T>
 Launch<T> describe(const PrefillAttention& attention) {
   Launch<T> launch{};
@@ -48,7 +42,7 @@ template <class T, int kHead, int kWarps, int kKeys>
 void launch_mma(const PrefillAttention& attention, cudaStream_t stream) {
   using Tile = prefill::MmaTile<T, kHead, kWarps, kKeys>;
   const auto kernel = prefill::mma_prefill_kernel<T, kHead, kWarps, kKeys>;
-  check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kBytes));
+  allow_shared_memory(kernel, Tile::kBytes);
   const int64_t blocks =
       prefill_tile_bound(attention.tokens, attention.sequences, Tile::kRows) * attention.heads;
   launch_kernel(kernel, {dim3(static_cast<unsigned>(blocks)), Tile::kThreads, Tile::kBytes}, stream,
@@ -71,7 +65,7 @@ template <class T, int kHead, int kConsumers>
 void launch_sm90(const PrefillAttention& attention, cudaStream_t stream, int processors) {
   using Tile = prefill::Sm90Tile<T, kHead, kConsumers>;
   const auto kernel = prefill::sm90_prefill_kernel<T, Tile>;
-  check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kBytes));
+  allow_shared_memory(kernel, Tile::kBytes);
   const prefill::Sm90Maps maps{
       head_map(attention, attention.q, attention.q_stride, attention.heads, Tile::kRows),
       head_map(attention, attention.k, attention.k_stride, attention.kv_heads, Tile::kKeys),
@@ -83,18 +77,9 @@ void launch_sm90(const PrefillAttention& attention, cudaStream_t stream, int pro
                 describe<T>(attention), maps, items);
 }
 
-/// Of the current device.
-int attribute(cudaDeviceAttr name) {
-  int device = 0, value = 0;
-  check_launch(cudaGetDevice(&device));
-  check_launch(cudaDeviceGetAttribute(&value, name, device));
-  return value;
-}
-
 template <class T>
 void launch(const PrefillAttention& attention, cudaStream_t stream) {
-  const bool hopper = attribute(cudaDevAttrComputeCapabilityMajor) == 9;
-  const int processors = attribute(cudaDevAttrMultiProcessorCount);
+  const auto& [processors, hopper] = decode_device();
   if (hopper && attention.head_size == 128) {
     return launch_sm90<T, 128, 2>(attention, stream, processors);
   }
