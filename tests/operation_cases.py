@@ -414,6 +414,7 @@ AWKWARD_CASES: list[Case] = [
             ([70], 64, 70, 1, 96),
             ([2049], 128, 7, 1, 64),
             ([700], 16, 5, 1, 80),
+            ([131072, 3], 256, 2, 1, 64),
         ],
         False,
     ),
@@ -435,7 +436,7 @@ _ROPE_ATTENTION_SIZES: list[tuple[list[int], int, int, int, int]] = [
 CUDA_FUSED_CASES: list[Case] = [
     *fused_linear_cases([(0, 8, 16), (1, 64, 128), (2, 896, 896), (3, 34, 77), (8, 256, 512), (33, 96, 64)]),
     *fused_linear_cases([(16, 64, 192), (64, 128, 256), (128, 192, 320), (200, 64, 128), (512, 256, 128)]),
-    *rope_attention_cases(_ROPE_ATTENTION_SIZES, True),
+    *rope_attention_cases([*_ROPE_ATTENTION_SIZES, ([131072, 3], 256, 7, 1, 64)], True),
     *rope_attention_cases(_ROPE_ATTENTION_SIZES, False),
 ]
 """The operations that only CUDA has kernels for."""
