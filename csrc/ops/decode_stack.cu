@@ -12,8 +12,10 @@ namespace modeltorch {
 namespace {
 
 constexpr int kSharedBytes = 227 * 1024;
-constexpr int kSplitTokens = 128;       // one tile a warp
-constexpr int kMaxSplits = 8;           // of all rows together: every block reads what they hand on
+constexpr int kLeastRing = 64 * 1024;
+constexpr int kSplitTokens = 320;  // a little more than two tiles a warp, which are loaded ahead
+constexpr int kMaxSplits = 64;
+constexpr int kMergedSplits = 4;  // of all rows together: every block reads what they hand on
 
 int64_t round_up(int64_t value, int64_t to) {
   return (value + to - 1) / to * to;
@@ -41,14 +43,15 @@ StackLinear plan_linear(int64_t k, int64_t units, int blocks, int sides, int pas
   const int64_t most = divide_up(units, blocks);
   const int64_t passes = divide_up(most * sides, pass_rows);
   const int64_t pass_units = divide_up(most, passes);
-  return {static_cast<int>(k), static_cast<int>(units), static_cast<int>(pass_units)};
+  return {.k = static_cast<int>(k),
+          .units = static_cast<int>(units),
+          .pass_units = static_cast<int>(pass_units)};
 }
 
 int split_count(const DecodeStack& stack, int blocks) {
-  const int64_t most = kMaxSplits / std::bit_ceil(static_cast<uint64_t>(stack.rows));
   const int64_t work = stack.rows * stack.kv_heads;
   int splits = 1;
-  while (splits < most && work * splits * 2 <= blocks &&
+  while (splits < kMaxSplits && work * splits * 2 <= blocks &&
          int64_t{splits} * kSplitTokens < stack.table_width * stack.block_size) {
     splits *= 2;
   }
@@ -75,15 +78,15 @@ bool place(StackParams& p, const DecodeStack& stack, int blocks) {
     return static_cast<int>(at);
   };
   p.residual_offset = take(divide_up(stack.hidden, blocks) * rows * 4);
-  p.x_offset = take(p.attention.splits > 1 ? rows * q * 2 : 0);
+  p.x_offset = take(p.merges_splits ? rows * q * 2 : 0);
   p.red_pitch = static_cast<int>(round_up(pass_rows, kStackChunkRows) + 4);
-  p.red_bytes = static_cast<int>(kStackWarps * rows * p.red_pitch * 4);
+  p.red_bytes = static_cast<int>(std::max<int64_t>(kStackWarps * rows * p.red_pitch * 4, stack::kJoinBytes));
   p.red_offset = take(2 * p.red_bytes);
   p.ring_offset = p.attention_offset = static_cast<int>(bytes);
   take(attention_bytes(stack.head_size));
   p.ring_offset_attention = static_cast<int>(bytes);
   p.ring_end = kSharedBytes;
-  return kSharedBytes - bytes >= 2 * chunk_bytes;
+  return kSharedBytes - bytes >= std::max<int64_t>(chunk_bytes, kLeastRing);
 }
 
 /// Cuts the work; false: it cannot be. Pointers are not looked at.
@@ -91,7 +94,7 @@ bool plan_stack(StackPlan& plan, const DecodeStack& stack) {
   StackParams& p = plan.params;
   const int64_t smallest = std::min({stack.hidden, stack.inner, qkv_units(stack)});
   plan.blocks = static_cast<int>(std::min<int64_t>(decode_device().multiprocessors, smallest));
-  const int pass_rows = stack.rows <= 2 ? 96 : stack.rows <= 4 ? 64 : 48;
+  const int pass_rows = stack.rows <= 4 ? 96 : 80;
   const auto cut = [&](int64_t k, int64_t units, int sides) {
     return plan_linear(k, units, plan.blocks, sides, pass_rows);
   };
@@ -99,13 +102,19 @@ bool plan_stack(StackPlan& plan, const DecodeStack& stack) {
   p.linear[kStackO] = cut(int64_t{stack.heads} * stack.head_size, stack.hidden, 1);
   p.linear[kStackGateUp] = cut(stack.hidden, stack.inner, 2);
   p.linear[kStackDown] = cut(stack.inner, stack.hidden, 1);
+  p.linear[kStackQkv].has_norm = p.linear[kStackGateUp].has_norm = true;
   p.rows = static_cast<int>(stack.rows);
+  p.unit_shift = 8 - std::bit_width(static_cast<uint64_t>(stack.rows - 1));
   p.attention.splits = split_count(stack, plan.blocks);
   p.attention_units = static_cast<int>(stack.rows * stack.kv_heads * p.attention.splits);
-  for (const StackLinear& linear : p.linear) {
-    if (linear.k > kStackPart && divide_up(linear.units, plan.blocks) > linear.pass_units) return false;
+  p.merges_splits = p.attention.splits > 1 && stack.rows * p.attention.splits <= kMergedSplits;
+  p.join_units = p.attention.splits > 1 && !p.merges_splits ? static_cast<int>(stack.rows * stack.heads) : 0;
+  for (int kind = 0; kind < 4; ++kind) {
+    const StackLinear& linear = p.linear[kind];
+    const bool one_pass = divide_up(linear.units, plan.blocks) <= linear.pass_units;
+    if (!one_pass && (linear.k > kStackPart || kind == kStackQkv)) return false;
   }
-  return p.attention_units <= plan.blocks && place(p, stack, plan.blocks);
+  return std::max(p.attention_units, p.join_units) <= plan.blocks && place(p, stack, plan.blocks);
 }
 
 /// The state, in the order of the pointers of StackParams. Returns its bytes.
@@ -117,13 +126,13 @@ size_t place_state(StackParams& p, const DecodeStack& stack) {
     bytes = round_up(bytes + size, 256);
     return at;
   };
-  p.qkv = take(stack.rows * qkv_units(stack) * 2);
-  p.attended = take(stack.rows * q * 2);
-  p.middle = take(stack.rows * stack.hidden * 2);
-  p.inner = take(stack.rows * stack.inner * 2);
-  p.hidden = take(stack.rows * stack.hidden * 2);
-  p.parts = static_cast<float*>(take(kMaxSplits * q * 4));
-  p.states = static_cast<float2*>(take(kMaxSplits * stack.heads * 8));
+  p.linear[kStackQkv].y = take(stack.rows * qkv_units(stack) * 2);
+  p.linear[kStackO].x = take(stack.rows * q * 2);
+  p.linear[kStackGateUp].x = p.linear[kStackO].y = take(stack.rows * stack.hidden * 2);
+  p.linear[kStackDown].x = p.linear[kStackGateUp].y = take(stack.rows * stack.inner * 2);
+  p.linear[kStackQkv].x = p.linear[kStackDown].y = take(stack.rows * stack.hidden * 2);
+  p.parts = static_cast<float*>(take(stack.rows * q * p.attention.splits * 4));
+  p.states = static_cast<float2*>(take(stack.rows * stack.heads * p.attention.splits * 8));
   return static_cast<size_t>(bytes);
 }
 
@@ -217,9 +226,14 @@ bool decode_stack_fits(const DecodeStack& stack) {
   return plan_stack(plan, stack);
 }
 
+bool decode_stack_pays(const DecodeStack& stack) {
+  return decode_stack_fits(stack);
+}
+
 size_t decode_stack_state_bytes(const DecodeStack& stack) {
-  StackParams params{};
-  return place_state(params, stack);
+  StackPlan plan;
+  plan_stack(plan, stack);
+  return place_state(plan.params, stack);
 }
 
 void decode_stack(const DecodeStack& stack, void* stream) {
@@ -233,6 +247,7 @@ void decode_stack(const DecodeStack& stack, void* stream) {
   p.x = stack.x;
   p.y = stack.y;
   p.epsilon = stack.epsilon;
+  p.inverse_hidden = 1 / static_cast<float>(stack.hidden);
 #ifdef MODELTORCH_STACK_STAMPS
   p.stamps = stack.stamps;
 #endif

@@ -75,6 +75,9 @@ struct DecodeStack {
 /// False: a device, dtype, shape or alignment that this launch does not serve.
 bool decode_stack_fits(const DecodeStack& stack);
 
+/// True if the launch fits and is faster than those of its parts.
+bool decode_stack_pays(const DecodeStack& stack);
+
 size_t decode_stack_state_bytes(const DecodeStack& stack);
 
 /// Launches `stack` on `stream` (a cudaStream_t). Throws Error if CUDA refuses the launch.

@@ -16,7 +16,16 @@ using AttentionShape = DecodeShape<kD, 8, 2>;
 template <int kD>
 inline constexpr int kAttentionBytes = AttentionShape<kD>::kSentStateOffset + 2 * kD * 2;
 
+/// What join_splits needs of shared memory.
+inline constexpr int kJoinBytes = kStackConsumers * 24;
+
 #if MODELTORCH_PTX_HOPPER
+
+/// What attention hands to o, where it is whole: x of o.
+template <class T>
+__device__ __forceinline__ T* attended(const StackParams& p) {
+  return static_cast<T*>(const_cast<void*>(p.linear[kStackO].x));
+}
 
 template <class T, int kD>
 struct Attention {
@@ -80,7 +89,7 @@ struct Attention {
   /// writes both to the cache. Rows of padding are waited for like others.
   __device__ void fetch_new_token(const StackLayer& layer) {
     constexpr int kHalf = kD / 2, kVectors = kHalf / 8;
-    const T* row = static_cast<const T*>(p.qkv) +
+    const T* row = static_cast<const T*>(p.linear[kStackQkv].y) +
                    static_cast<int64_t>(place.sequence) * (a.heads + 2 * a.kv_heads) * kD;
     const bool owner = place.split == a.splits - 1;
     const int64_t cache_offset = (slot * a.kv_heads + place.kv_head) * kD;
@@ -161,7 +170,7 @@ struct Attention {
       }
       if (a.splits == 1) {
         const float by = place.length ? merge.sum : 1;
-        exchange::store(static_cast<T*>(p.attended) + (first + head) * kD + column * 4,
+        exchange::store(attended<T>(p) + (first + head) * kD + column * 4,
                         uint2{ptx::pack<T>(sum.x / by, sum.y / by), ptx::pack<T>(sum.z / by, sum.w / by)});
         continue;
       }
@@ -198,7 +207,7 @@ __device__ __forceinline__ void take_back_attended(const StackParams& p, int uni
   constexpr uint2 kPair{exchange::kNothing, exchange::kNothing};
   for (int v = threadIdx.x; v < heads * kD / 4; v += kStackConsumers) {
     if (a.splits == 1) {
-      exchange::store(static_cast<T*>(p.attended) + first * kD + v * 4, kPair);
+      exchange::store(attended<T>(p) + first * kD + v * 4, kPair);
       continue;
     }
     const int64_t part = (first + v / (kD / 4)) * a.splits + split;
@@ -208,61 +217,102 @@ __device__ __forceinline__ void take_back_attended(const StackParams& p, int uni
   }
 }
 
+/// Some splits of one row and head, merged: of four columns of the output.
+struct Merged {
+  float maximum = -INFINITY, sum = 0;
+  float4 out{};
+
+  __device__ void add(float most, float weights, const float4& part) {
+    const float next = fmaxf(maximum, most);
+    if (next == -INFINITY) return;
+    const float keep = exp2f(maximum - next), factor = exp2f(most - next);
+    sum = sum * keep + weights * factor;
+    out = {out.x * keep + part.x * factor, out.y * keep + part.y * factor, out.z * keep + part.z * factor,
+           out.w * keep + part.w * factor};
+    maximum = next;
+  }
+
+  /// Waits for up to four splits: `first`, `first + step` and so on, those below `end`.
+  template <int kD>
+  __device__ void wait_and_add(const StackParams& p, int64_t row, int column, int first, int step, int end) {
+    constexpr int kBatch = 4;
+    uint2 state[kBatch];
+    uint4 part[kBatch];
+    exchange::Patience patience;
+    bool missing = true;
+    while (missing) {
+      patience.spend();
+      missing = false;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int64_t at = row * p.attention.splits + min(first + i * step, end - 1);
+        state[i] = exchange::load_pair(p.states + at);
+        part[i] = exchange::load(p.parts + at * kD + column * 4);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        missing |= state[i].x == exchange::kNothing || state[i].y == exchange::kNothing ||
+                   exchange::has_empty_word(part[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i * step >= end) break;
+      add(__uint_as_float(state[i].x), __uint_as_float(state[i].y),
+          {__uint_as_float(part[i].x), __uint_as_float(part[i].y), __uint_as_float(part[i].z),
+           __uint_as_float(part[i].w)});
+    }
+  }
+
+  template <class T>
+  __device__ uint2 quotient() const {
+    const float by = 1 / (sum == 0 ? 1 : sum);  // 0: padding
+    return {ptx::pack<T>(out.x * by, out.y * by), ptx::pack<T>(out.z * by, out.w * by)};
+  }
+};
+
 /// Merges the splits of attention into x of the o projection, in shared memory.
 template <class T, int kD>
 __device__ __forceinline__ void merge_splits(const StackParams& p, char* x) {
-  constexpr int kBatch = 4;
   const int splits = p.attention.splits, items = p.rows * p.attention.heads * (kD / 4);
   for (int v = threadIdx.x; v < items; v += kStackConsumers) {
-    const int64_t first = static_cast<int64_t>(v / (kD / 4)) * splits;
-    const int column = v % (kD / 4);
-    float maximum = -INFINITY, sum = 0;
-    float4 out{};
-    for (int split = 0; split < splits; split += kBatch) {
-      uint2 state[kBatch];
-      uint4 part[kBatch];
-      bool missing = true;
-      exchange::Patience patience;
-      while (missing) {
-        patience.spend();
-        missing = false;
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const int64_t at = first + min(split + i, splits - 1);
-          state[i] = exchange::load_pair(p.states + at);
-          part[i] = exchange::load(p.parts + at * kD + column * 4);
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          missing |= state[i].x == exchange::kNothing || state[i].y == exchange::kNothing ||
-                     exchange::has_empty_word(part[i]);
-        }
-      }
-      float most = maximum;
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (split + i < splits) most = fmaxf(most, __uint_as_float(state[i].x));
-      }
-      const float keep = most == -INFINITY ? 0 : exp2f(maximum - most);
-      sum *= keep;
-      out = {out.x * keep, out.y * keep, out.z * keep, out.w * keep};
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (split + i >= splits || most == -INFINITY) break;
-        const float factor = exp2f(__uint_as_float(state[i].x) - most);
-        sum += factor * __uint_as_float(state[i].y);
-        out.x += factor * __uint_as_float(part[i].x);
-        out.y += factor * __uint_as_float(part[i].y);
-        out.z += factor * __uint_as_float(part[i].z);
-        out.w += factor * __uint_as_float(part[i].w);
-      }
-      maximum = most;
-    }
-    const float by = sum == 0 ? 1 : sum;  // 0: padding
-    *reinterpret_cast<uint2*>(x + v * 8) = {ptx::pack<T>(out.x / by, out.y / by),
-                                            ptx::pack<T>(out.z / by, out.w / by)};
+    Merged merged;
+    for (int split = 0; split < splits; split += 4)
+      merged.wait_and_add<kD>(p, v / (kD / 4), v % (kD / 4), split, 1, splits);
+    *reinterpret_cast<uint2*>(x + v * 8) = merged.quotient<T>();
   }
   ptx::barrier_sync(1, kStackConsumers);
+}
+
+/// Merges the splits of one row and head for all blocks.
+template <class T, int kD>
+__device__ __forceinline__ void join_splits(const StackParams& p, int row, char* shared) {
+  constexpr int kVectors = kD / 4, kLanes = kStackConsumers / kVectors;  // lanes: threads that share the splits
+  const int splits = p.attention.splits, column = threadIdx.x % kVectors, lane = threadIdx.x / kVectors;
+  float2* states = reinterpret_cast<float2*>(shared);
+  float4* outs = reinterpret_cast<float4*>(shared + kStackConsumers * 8);
+  Merged merged;
+  for (int split = lane; split < splits; split += 4 * kLanes)
+    merged.wait_and_add<kD>(p, row, column, split, kLanes, splits);
+  ptx::barrier_sync(1, kStackConsumers);  // whatever was in shared memory has been read
+  states[threadIdx.x] = {merged.maximum, merged.sum};
+  outs[threadIdx.x] = merged.out;
+  ptx::barrier_sync(1, kStackConsumers);
+  if (lane > 0) return;
+  for (int i = 1; i < min(kLanes, splits); ++i) {
+    const float2 state = states[i * kVectors + column];
+    merged.add(state.x, state.y, outs[i * kVectors + column]);
+  }
+  exchange::store(attended<T>(p) + static_cast<int64_t>(row) * kD + column * 4, merged.quotient<T>());
+}
+
+/// Takes back what join_splits handed on.
+template <class T, int kD>
+__device__ __forceinline__ void take_back_joined(const StackParams& p, int row) {
+  if (threadIdx.x < kD / 4) {
+    exchange::store(attended<T>(p) + static_cast<int64_t>(row) * kD + threadIdx.x * 4,
+                    uint2{exchange::kNothing, exchange::kNothing});
+  }
 }
 
 #endif  // MODELTORCH_PTX_HOPPER

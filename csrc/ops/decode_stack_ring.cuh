@@ -14,15 +14,16 @@ namespace modeltorch {
 
 inline constexpr int kStackMaxLayers = 96;
 inline constexpr int kStackMaxRows = 8;
-inline constexpr int kStackWarps = 16;  // that multiply
+inline constexpr int kStackWarps = 8;  // that multiply
 inline constexpr int kStackConsumers = 32 * kStackWarps;
 inline constexpr int kStackThreads = kStackConsumers + 32;
-inline constexpr int kStackSpan = 32 * kStackWarps;       // columns of one group of every warp
-inline constexpr int kStackGroups = 10;                   // groups of a warp whose x it holds at once
+inline constexpr int kStackSpan = 32 * kStackWarps;           // columns of one group of every warp
+inline constexpr int kStackGroups = 20;                       // groups of a warp whose x it holds at once
 inline constexpr int kStackPart = kStackGroups * kStackSpan;  // columns of x that the warps hold
-inline constexpr int kStackSlots = 32;                    // chunks in the ring, at most
+inline constexpr int kStackSlots = 32;                        // chunks in the ring, at most
 inline constexpr int kStackChunkRows = 16;
-inline constexpr int kStackChunk = 2 * kStackSpan;        // columns of a chunk
+inline constexpr int kStackChunkGroups = 4;  // of a warp
+inline constexpr int kStackChunk = kStackChunkGroups * kStackSpan;  // columns
 
 enum StackKind { kStackQkv, kStackO, kStackGateUp, kStackDown };
 
@@ -30,6 +31,16 @@ enum StackKind { kStackQkv, kStackO, kStackGateUp, kStackDown };
 struct StackLinear {
   int k, units;
   int pass_units;  // units whose sums are kept before they are added up; all where k is above kStackPart
+  int has_norm;
+  const void* x;  // memory of exchange.cuh
+  void* y;
+};
+
+/// A block's part of it.
+struct StackShare {
+  StackLinear linear;
+  int first, count;  // units
+  int64_t pad;
 };
 
 struct StackLayer {
@@ -43,13 +54,14 @@ struct StackParams {
   DecodeAttentionParams attention;  // but for the caches; splits is a power of two
   const void* x;
   void* y;
-  // Memory of exchange.cuh: [rows, units] of each linear, and what attention hands to o.
-  void *qkv, *attended, *middle, *inner, *hidden;
-  float* parts;    // [rows, heads, splits, head_size], where there are several splits
-  float2* states;  // [rows, heads, splits]: maximum and sum
   StackLinear linear[4];
-  float epsilon;
-  int rows, layer_count, attention_units;
+  // What several splits of attention hand on: [rows, heads, splits, head_size], and maximum and sum.
+  float* parts;
+  float2* states;
+  float epsilon, inverse_hidden;
+  int rows, layer_count, attention_units, join_units;
+  int unit_shift;     // log2 of the threads that finish the units of a row
+  int merges_splits;  // each block merges the splits for itself; else there are join_units
   int part_begin[3];  // first unit of a part of qkv; INT_MAX where there is none
   int residual_offset, x_offset, red_offset, red_bytes, red_pitch, attention_offset;
   int ring_offset, ring_offset_attention, ring_end;  // the ring of blocks that have no attention is larger
@@ -60,13 +72,8 @@ struct StackParams {
 };
 
 inline constexpr int kStackSharesOffset = 2 * kStackSlots * 8;  // behind the barriers
-inline constexpr int kStackSquaresOffset = kStackSharesOffset + 64;
+inline constexpr int kStackSquaresOffset = kStackSharesOffset + 4 * sizeof(StackShare);
 inline constexpr int kStackHeaderBytes = kStackSquaresOffset + 2 * kStackWarps * kStackMaxRows * 4;
-
-/// The units of one block.
-struct StackShare {
-  int first, count;
-};
 
 namespace stack {
 
@@ -147,7 +154,7 @@ struct Producer {
       weight = row < units ? layer.gate : layer.up;
       if (row >= units) at -= units;
     }
-    return static_cast<const char*>(weight) + static_cast<int64_t>(at) * p.linear[kind].k * 2;
+    return static_cast<const char*>(weight) + static_cast<int64_t>(at) * shares[kind].linear.k * 2;
   }
 
   /// `gamma`: comes in front of the rows, where it is not null.
@@ -163,8 +170,8 @@ struct Producer {
   }
 
   __device__ void load_linear(int kind, const StackLayer& layer) {
-    const StackLinear linear = p.linear[kind];
     const StackShare share = shares[kind];
+    const StackLinear& linear = share.linear;
     const int sides = kind == kStackGateUp ? 2 : 1;
     const void* gamma = kind == kStackQkv ? layer.gamma[0] : kind == kStackGateUp ? layer.gamma[1] : nullptr;
     for (int unit = 0; unit < share.count; unit += linear.pass_units) {
