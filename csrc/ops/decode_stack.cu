@@ -13,9 +13,8 @@ namespace {
 
 constexpr int kSharedBytes = 227 * 1024;
 constexpr int kLeastRing = 64 * 1024;
-constexpr int kSplitTokens = 320;  // a little more than two tiles a warp, which are loaded ahead
+constexpr int kSplitTokens = 130;  // a tile a warp
 constexpr int kMaxSplits = 64;
-constexpr int kMergedSplits = 4;  // of all rows together: every block reads what they hand on
 
 int64_t round_up(int64_t value, int64_t to) {
   return (value + to - 1) / to * to;
@@ -51,7 +50,8 @@ StackLinear plan_linear(int64_t k, int64_t units, int blocks, int sides, int pas
 int split_count(const DecodeStack& stack, int blocks) {
   const int64_t work = stack.rows * stack.kv_heads;
   int splits = 1;
-  while (splits < kMaxSplits && work * splits * 2 <= blocks &&
+  // The blocks that have attention have room for fewer weights ahead: at most half of them.
+  while (splits < kMaxSplits && work * splits * 2 <= blocks / 2 &&
          int64_t{splits} * kSplitTokens < stack.table_width * stack.block_size) {
     splits *= 2;
   }
@@ -64,7 +64,7 @@ int attention_bytes(int head_size) {
 
 /// Where everything lies in shared memory. Returns false if there is no room for a ring.
 bool place(StackParams& p, const DecodeStack& stack, int blocks) {
-  const int64_t rows = stack.rows, q = int64_t{stack.heads} * stack.head_size;
+  const int64_t rows = stack.rows;
   const int64_t chunk_bytes = kStackChunkRows * (kStackChunk * 2 + 64) + stack.hidden * 2;
   int64_t pass_rows = 0;
   for (int kind = 0; kind < 4; ++kind) {
@@ -78,7 +78,6 @@ bool place(StackParams& p, const DecodeStack& stack, int blocks) {
     return static_cast<int>(at);
   };
   p.residual_offset = take(divide_up(stack.hidden, blocks) * rows * 4);
-  p.x_offset = take(p.merges_splits ? rows * q * 2 : 0);
   p.red_pitch = static_cast<int>(round_up(pass_rows, kStackChunkRows) + 4);
   p.red_bytes = static_cast<int>(std::max<int64_t>(kStackWarps * rows * p.red_pitch * 4, stack::kJoinBytes));
   p.red_offset = take(2 * p.red_bytes);
@@ -107,8 +106,7 @@ bool plan_stack(StackPlan& plan, const DecodeStack& stack) {
   p.unit_shift = 8 - std::bit_width(static_cast<uint64_t>(stack.rows - 1));
   p.attention.splits = split_count(stack, plan.blocks);
   p.attention_units = static_cast<int>(stack.rows * stack.kv_heads * p.attention.splits);
-  p.merges_splits = p.attention.splits > 1 && stack.rows * p.attention.splits <= kMergedSplits;
-  p.join_units = p.attention.splits > 1 && !p.merges_splits ? static_cast<int>(stack.rows * stack.heads) : 0;
+  p.join_units = p.attention.splits > 1 ? static_cast<int>(stack.rows * stack.heads) : 0;
   for (int kind = 0; kind < 4; ++kind) {
     const StackLinear& linear = p.linear[kind];
     const bool one_pass = divide_up(linear.units, plan.blocks) <= linear.pass_units;
@@ -227,7 +225,9 @@ bool decode_stack_fits(const DecodeStack& stack) {
 }
 
 bool decode_stack_pays(const DecodeStack& stack) {
-  return decode_stack_fits(stack);
+  // Larger layers take so long to read that what lies between their launches matters less than how evenly
+  // the launches read.
+  return stack.hidden <= kStackChunk && decode_stack_fits(stack);
 }
 
 size_t decode_stack_state_bytes(const DecodeStack& stack) {

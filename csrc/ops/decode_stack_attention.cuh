@@ -217,7 +217,9 @@ __device__ __forceinline__ void take_back_attended(const StackParams& p, int uni
   }
 }
 
-/// Some splits of one row and head, merged: of four columns of the output.
+/// Waits for the splits of one row and head that lane `lane` of kLanes takes, at most kBatch at a time, and
+/// adds them up: of four columns of the output.
+template <int kD, int kLanes>
 struct Merged {
   float maximum = -INFINITY, sum = 0;
   float4 out{};
@@ -232,78 +234,72 @@ struct Merged {
     maximum = next;
   }
 
-  /// Waits for up to four splits: `first`, `first + step` and so on, those below `end`.
-  template <int kD>
-  __device__ void wait_and_add(const StackParams& p, int64_t row, int column, int first, int step, int end) {
+  __device__ void wait_and_add(const StackParams& p, int row, int column, int lane) {
     constexpr int kBatch = 4;
-    uint2 state[kBatch];
-    uint4 part[kBatch];
-    exchange::Patience patience;
-    bool missing = true;
-    while (missing) {
-      patience.spend();
-      missing = false;
+    const int splits = p.attention.splits;
+    for (int split = lane; split < splits; split += kBatch * kLanes) {
+      uint2 state[kBatch];
+      uint4 part[kBatch];
+      exchange::Patience patience;
+      bool missing = true;
+      while (missing) {
+        patience.spend();
+        missing = false;
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int64_t at = row * p.attention.splits + min(first + i * step, end - 1);
-        state[i] = exchange::load_pair(p.states + at);
-        part[i] = exchange::load(p.parts + at * kD + column * 4);
+        for (int i = 0; i < kBatch; ++i) {
+          if (split + i * kLanes >= splits) break;
+          const int64_t at = static_cast<int64_t>(row) * splits + split + i * kLanes;
+          state[i] = exchange::load_pair(p.states + at);
+          part[i] = exchange::load(p.parts + at * kD + column * 4);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (split + i * kLanes >= splits) break;
+          missing |= state[i].x == exchange::kNothing || state[i].y == exchange::kNothing ||
+                     exchange::has_empty_word(part[i]);
+        }
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        missing |= state[i].x == exchange::kNothing || state[i].y == exchange::kNothing ||
-                   exchange::has_empty_word(part[i]);
+        if (split + i * kLanes >= splits) break;
+        add(__uint_as_float(state[i].x), __uint_as_float(state[i].y),
+            {__uint_as_float(part[i].x), __uint_as_float(part[i].y), __uint_as_float(part[i].z),
+             __uint_as_float(part[i].w)});
       }
     }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (first + i * step >= end) break;
-      add(__uint_as_float(state[i].x), __uint_as_float(state[i].y),
-          {__uint_as_float(part[i].x), __uint_as_float(part[i].y), __uint_as_float(part[i].z),
-           __uint_as_float(part[i].w)});
-    }
-  }
-
-  template <class T>
-  __device__ uint2 quotient() const {
-    const float by = 1 / (sum == 0 ? 1 : sum);  // 0: padding
-    return {ptx::pack<T>(out.x * by, out.y * by), ptx::pack<T>(out.z * by, out.w * by)};
   }
 };
 
-/// Merges the splits of attention into x of the o projection, in shared memory.
-template <class T, int kD>
-__device__ __forceinline__ void merge_splits(const StackParams& p, char* x) {
-  const int splits = p.attention.splits, items = p.rows * p.attention.heads * (kD / 4);
-  for (int v = threadIdx.x; v < items; v += kStackConsumers) {
-    Merged merged;
-    for (int split = 0; split < splits; split += 4)
-      merged.wait_and_add<kD>(p, v / (kD / 4), v % (kD / 4), split, 1, splits);
-    *reinterpret_cast<uint2*>(x + v * 8) = merged.quotient<T>();
-  }
-  ptx::barrier_sync(1, kStackConsumers);
-}
-
-/// Merges the splits of one row and head for all blocks.
+/// Joins the splits of one row and head for all blocks.
 template <class T, int kD>
 __device__ __forceinline__ void join_splits(const StackParams& p, int row, char* shared) {
-  constexpr int kVectors = kD / 4, kLanes = kStackConsumers / kVectors;  // lanes: threads that share the splits
-  const int splits = p.attention.splits, column = threadIdx.x % kVectors, lane = threadIdx.x / kVectors;
+  constexpr int kVectors = kD / 4, kLanes = kStackConsumers / kVectors;
+  const int column = threadIdx.x % kVectors, lane = threadIdx.x / kVectors;
   float2* states = reinterpret_cast<float2*>(shared);
   float4* outs = reinterpret_cast<float4*>(shared + kStackConsumers * 8);
-  Merged merged;
-  for (int split = lane; split < splits; split += 4 * kLanes)
-    merged.wait_and_add<kD>(p, row, column, split, kLanes, splits);
+  Merged<kD, kLanes> merged;
+  merged.wait_and_add(p, row, column, lane);
   ptx::barrier_sync(1, kStackConsumers);  // whatever was in shared memory has been read
   states[threadIdx.x] = {merged.maximum, merged.sum};
   outs[threadIdx.x] = merged.out;
   ptx::barrier_sync(1, kStackConsumers);
   if (lane > 0) return;
-  for (int i = 1; i < min(kLanes, splits); ++i) {
+  const decode::Merge<kLanes> all(kLanes, [&](int i, int what) {
     const float2 state = states[i * kVectors + column];
-    merged.add(state.x, state.y, outs[i * kVectors + column]);
+    return what ? state.y : state.x;
+  });
+  float4 sum{};
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) {
+    const float4 part = outs[i * kVectors + column];
+    sum.x += all.factor[i] * part.x;
+    sum.y += all.factor[i] * part.y;
+    sum.z += all.factor[i] * part.z;
+    sum.w += all.factor[i] * part.w;
   }
-  exchange::store(attended<T>(p) + static_cast<int64_t>(row) * kD + column * 4, merged.quotient<T>());
+  const float by = 1 / (all.sum == 0 ? 1 : all.sum);  // 0: padding
+  exchange::store(attended<T>(p) + static_cast<int64_t>(row) * kD + column * 4,
+                  uint2{ptx::pack<T>(sum.x * by, sum.y * by), ptx::pack<T>(sum.z * by, sum.w * by)});
 }
 
 /// Takes back what join_splits handed on.

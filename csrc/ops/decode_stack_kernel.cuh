@@ -9,6 +9,8 @@
 // read it: in o what qkv and down wrote, in gate_up what attention wrote, in down what o wrote, and in qkv
 // what gate_up wrote, for the last layer in the launch that follows.
 
+#include <type_traits>
+
 #include "ops/decode_stack_attention.cuh"
 #include "ops/decode_stack_exchange.cuh"
 #include "ops/decode_stack_ring.cuh"
@@ -47,14 +49,16 @@ struct Consumer {
   template <int kGroups>
   using X = uint4[kGroups];
 
-  /// `from`: the first column of this lane, from which on there are `columns`.
-  template <int kGroups>
-  __device__ void load_x(X<kGroups>& x, const T* from, int columns, bool wait) {
+  /// `from`: the first column of this lane, from which on there are `columns`. `meanwhile`: done while the first
+  /// loads are under way.
+  template <int kGroups, class Meanwhile>
+  __device__ void load_x(X<kGroups>& x, const T* from, int columns, bool wait, Meanwhile meanwhile) {
     const bool exists = lane / 4 < p.rows;
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       x[i] = exists && i * kStackSpan < columns ? exchange::load(from + i * kStackSpan) : uint4{};
     }
+    meanwhile();
     if (!wait) return;
     exchange::Patience patience;
     while (true) {
@@ -68,16 +72,6 @@ struct Consumer {
       }
       if (!__any_sync(~0u, missing)) return;
       patience.spend();
-    }
-  }
-
-  template <int kGroups>
-  __device__ void load_merged(X<kGroups>& x, const T* from, int columns) {
-    const bool exists = lane / 4 < p.rows;
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      x[i] = exists && i * kStackSpan < columns ? *reinterpret_cast<const uint4*>(from + i * kStackSpan)
-                                                : uint4{};
     }
   }
 
@@ -104,35 +98,45 @@ struct Consumer {
     if (lane % 4 == 0) squares_of_warps[warp * kStackMaxRows + lane / 4] = squares;
   }
 
-  /// acc[lane's rows][lane's tokens] += x times `rows` rows, chunk by chunk. `lead`: bytes in front of the first.
-  template <int kGroups>
-  __device__ void multiply(float (&acc)[2][4], const X<kGroups>& x, int columns, int rows, int lead) {
+  /// acc[block][..] += x times kBlocks times sixteen rows, of which the last may be missing, chunk by chunk;
+  /// several blocks only where k is one chunk. `lead`: bytes in front of the first chunk.
+  template <int kGroups, int kBlocks>
+  __device__ void multiply(float (&acc)[kBlocks][2][4], const X<kGroups>& x, int columns, int rows, int lead) {
     const int groups = columns / 32;
-    const int low_row = min(lane / 4, rows - 1), high_row = min(lane / 4 + 8, rows - 1);
     const char* from = base + warp * 64 + lane % 4 * 16;
 #pragma unroll
     for (int i = 0; i < kGroups; i += kStackChunkGroups) {
       if (i * kStackSpan >= columns) break;  // the same for all warps: all wait for and give back every chunk
-      const int pitch = pitch_of(min(kStackChunk, columns - i * kStackSpan)), bytes = rows * pitch + lead;
-      const int at = ring.place(bytes);
-      const char *low = from + at + lead + low_row * pitch, *high = from + at + lead + high_row * pitch;
-      lead = 0;
-      ptx::barrier_wait(ring.full(ring.slot), ring.parity);
-      uint4 a[kStackChunkGroups], b[kStackChunkGroups];
+      const int pitch = pitch_of(min(kStackChunk, columns - i * kStackSpan)), first_slot = ring.slot;
+      uint4 a[kBlocks][kStackChunkGroups], b[kBlocks][kStackChunkGroups];
 #pragma unroll
-      for (int j = 0; j < kStackChunkGroups; ++j) {
-        const bool exists = (i + j) * kStackWarps + warp < groups;
-        a[j] = exists ? *reinterpret_cast<const uint4*>(low + j * kStackSpan * 2) : uint4{};
-        b[j] = exists && rows > 8 ? *reinterpret_cast<const uint4*>(high + j * kStackSpan * 2) : uint4{};
+      for (int m = 0; m < kBlocks; ++m) {
+        const int block_rows = min(kStackChunkRows, rows - m * kStackChunkRows);
+        const int bytes = block_rows * pitch + lead, at = ring.place(bytes);
+        const char* low = from + at + lead + min(lane / 4, block_rows - 1) * pitch;
+        const char* high = from + at + lead + min(lane / 4 + 8, block_rows - 1) * pitch;
+        lead = 0;
+        ptx::barrier_wait(ring.full(ring.slot), ring.parity);
+#pragma unroll
+        for (int j = 0; j < kStackChunkGroups; ++j) {
+          const bool exists = (i + j) * kStackWarps + warp < groups;
+          a[m][j] = exists ? *reinterpret_cast<const uint4*>(low + j * kStackSpan * 2) : uint4{};
+          b[m][j] =
+              exists && block_rows > 8 ? *reinterpret_cast<const uint4*>(high + j * kStackSpan * 2) : uint4{};
+        }
+        ring.advance(at + bytes);
       }
 #pragma unroll
       for (int j = 0; j < kStackChunkGroups; ++j) {
-        ptx::multiply_add<T>(acc[0], {a[j].x, b[j].x, a[j].y, b[j].y}, x[i + j].x, x[i + j].y);
-        ptx::multiply_add<T>(acc[1], {a[j].z, b[j].z, a[j].w, b[j].w}, x[i + j].z, x[i + j].w);
+#pragma unroll
+        for (int m = 0; m < kBlocks; ++m) {
+          const uint4 &c = a[m][j], &d = b[m][j];
+          ptx::multiply_add<T>(acc[m][0], {c.x, d.x, c.y, d.y}, x[i + j].x, x[i + j].y);
+          ptx::multiply_add<T>(acc[m][1], {c.z, d.z, c.w, d.w}, x[i + j].z, x[i + j].w);
+        }
       }
       __syncwarp();
-      if (lane == 0) ptx::barrier_arrive(ring.empty(ring.slot));
-      ring.advance(at + bytes);
+      if (lane < kBlocks) ptx::barrier_arrive(ring.empty((first_slot + lane) % kStackSlots));
     }
   }
 
@@ -193,17 +197,14 @@ struct Consumer {
   }
 
   /// Brings the x of columns [k, k + columns) of a linear into the registers.
-  template <int kGroups>
+  template <int kGroups, class Meanwhile>
   __device__ void fetch_x(X<kGroups>& x, const StackShare& share, int layer, int kind, int k, int columns,
-                          int first_rows) {
+                          int first_rows, Meanwhile meanwhile) {
     const int column = warp * 32 + lane % 4 * 8, token = min(lane / 4, p.rows - 1);
     const int64_t offset = static_cast<int64_t>(token) * share.linear.k + k + column;
-    if (kind == kStackO && p.merges_splits) {
-      return load_merged(x, reinterpret_cast<const T*>(shared + p.x_offset) + offset, columns - column);
-    }
     const bool is_outside = kind == kStackQkv && layer == 0;
     const void* from = is_outside ? p.x : share.linear.x;
-    load_x(x, static_cast<const T*>(from) + offset, columns - column, !is_outside);
+    load_x(x, static_cast<const T*>(from) + offset, columns - column, !is_outside, meanwhile);
     if (!share.linear.has_norm) return;
     // gamma comes in front of the first chunk.
     const int lead = columns * 2;
@@ -249,7 +250,6 @@ struct Consumer {
 
   /// Takes back what this block wrote that everybody has read when linear `kind` is done.
   __device__ void take_back(int kind) const {
-    if (kind == kStackGateUp) return;
     take_back(shares[kind == kStackO ? kStackQkv : kind == kStackQkv ? kStackGateUp : kStackO]);
     if (kind == kStackO) take_back(shares[kStackDown]);
   }
@@ -281,14 +281,20 @@ struct Consumer {
   __device__ void run_pass(const X<kGroups>& x, const StackShare& share, int layer, int kind, int k, int columns,
                            int first, int units, const float (&bias)[3]) {
     const int rows = kind == kStackGateUp ? 2 * units : units;
-    for (int row = 0; row < rows; row += kStackChunkRows) {
-      const int chunk_rows = min(kStackChunkRows, rows - row);
-      float acc[2][4] = {};
-      if (k) resume(acc, row, chunk_rows);
+    int row = 0;
+    const auto step = [&]<int kBlocks>(std::integral_constant<int, kBlocks>) {
+      float acc[kBlocks][2][4] = {};
+      if (k) resume(acc[0], row, rows - row);
       const bool has_lead = share.linear.has_norm && first == 0 && row == 0;
-      multiply(acc, x, columns, chunk_rows, has_lead ? columns * 2 : 0);
-      keep(acc, row, chunk_rows);
+      multiply<kGroups, kBlocks>(acc, x, columns, min(kBlocks * kStackChunkRows, rows - row),
+                                 has_lead ? columns * 2 : 0);
+#pragma unroll
+      for (int m = 0; m < kBlocks; ++m, row += kStackChunkRows) keep(acc[m], row, rows - row);
+    };
+    if constexpr (kGroups == kStackChunkGroups) {
+      while (row + kStackChunkRows < rows) step(std::integral_constant<int, 2>());
     }
+    while (row < rows) step(std::integral_constant<int, 1>());
     if (k + columns < share.linear.k) return;
     MODELTORCH_STAMP(layer * 4 + kind, 2);
     ptx::barrier_sync(1, kStackConsumers);
@@ -299,8 +305,8 @@ struct Consumer {
   }
 
   /// Where x comes in several parts, or there is a bias, there is one pass.
-  template <int kGroups>
-  __device__ void run(int layer, int kind) {
+  template <int kGroups, class Meanwhile>
+  __device__ void run(int layer, int kind, Meanwhile meanwhile) {
     const StackShare share = shares[kind];
     const int pass_units = share.linear.pass_units;
     const int first_rows = min(pass_units, share.count) * (kind == kStackGateUp ? 2 : 1);
@@ -311,7 +317,9 @@ struct Consumer {
       MODELTORCH_STAMP(layer * 4 + kind, 0);
       const int columns = min(kStackPart, share.linear.k - k);
       X<kGroups> x;
-      fetch_x(x, share, layer, kind, k, columns, first_rows);
+      fetch_x(x, share, layer, kind, k, columns, first_rows, [&] {
+        if (k == 0) meanwhile();
+      });
       MODELTORCH_STAMP(layer * 4 + kind, 1);
       for (int first = 0; first < share.count; first += pass_units)
         run_pass(x, share, layer, kind, k, columns, first, min(pass_units, share.count - first), bias);
@@ -332,6 +340,17 @@ __device__ __forceinline__ int unit_of(int units) {
   const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   const int unit = (block * units + blocks - 1) / blocks;
   return unit < units && unit * blocks / units == block ? unit : -1;
+}
+
+/// Takes back what everybody has read when this block has done linear `step` of all layers.
+template <class T, int kD>
+__device__ __forceinline__ void take_back_after(const StackParams& p, const Consumer<T>& consumer, int step,
+                                                int unit, int joined) {
+  if (step < 0) return;
+  const int kind = step % 4;
+  if (kind != kStackGateUp) return consumer.take_back(kind);
+  if (unit >= 0) take_back_attended<T, kD>(p, unit);
+  if (joined >= 0) take_back_joined<T, kD>(p, joined);
 }
 
 /// What the warps do that multiply.
@@ -357,18 +376,16 @@ __device__ __forceinline__ void consume(const StackParams& p, int unit, char* sh
       if (attends)
         attention.run(p.layers[layer], layer + 1 < p.layer_count ? &p.layers[layer + 1] : nullptr);
       MODELTORCH_STAMP(step, 5);
-      if (p.merges_splits) merge_splits<T, kD>(p, shared + p.x_offset);
       if (joined >= 0) join_splits<T, kD>(p, joined, consumer.scratch());
     }
+    const auto take_back = [&] { take_back_after<T, kD>(p, consumer, step - 1, unit, joined); };
     if (p.linear[kind].k <= kStackChunk) {
-      consumer.template run<kStackChunkGroups>(layer, kind);
+      consumer.template run<kStackChunkGroups>(layer, kind, take_back);
     } else {
-      consumer.template run<kStackGroups>(layer, kind);
+      consumer.template run<kStackGroups>(layer, kind, take_back);
     }
-    consumer.take_back(kind);
-    if (kind == kStackGateUp && attends) take_back_attended<T, kD>(p, unit);
-    if (kind == kStackGateUp && joined >= 0) take_back_joined<T, kD>(p, joined);
   }
+  take_back_after<T, kD>(p, consumer, 4 * p.layer_count - 1, unit, joined);
 }
 
 #endif  // MODELTORCH_PTX_HOPPER

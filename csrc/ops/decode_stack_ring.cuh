@@ -61,9 +61,8 @@ struct StackParams {
   float epsilon, inverse_hidden;
   int rows, layer_count, attention_units, join_units;
   int unit_shift;     // log2 of the threads that finish the units of a row
-  int merges_splits;  // each block merges the splits for itself; else there are join_units
   int part_begin[3];  // first unit of a part of qkv; INT_MAX where there is none
-  int residual_offset, x_offset, red_offset, red_bytes, red_pitch, attention_offset;
+  int residual_offset, red_offset, red_bytes, red_pitch, attention_offset;
   int ring_offset, ring_offset_attention, ring_end;  // the ring of blocks that have no attention is larger
   StackLayer layers[kStackMaxLayers];
 #ifdef MODELTORCH_STACK_STAMPS
