@@ -3,7 +3,7 @@
 //        csrc/ops/few_row_linear.cu csrc/ops/row_tile_linear.cu csrc/ops/decode_attention.cu
 //        csrc/ops/decode_stack.cu -o decode_stack
 //   decode_stack check
-//   decode_stack time 7b|0.5b ROWS CONTEXT
+//   decode_stack time 7b|1.5b|0.5b ROWS CONTEXT
 // `check` compares with the chain of launches that decode_kernels.cu checks. `time` replays CUDA graphs of
 // both in turn; the layers have weights of their own, which do not fit in the L2 cache. Built with
 // -DMODELTORCH_STACK_STAMPS it also prints where the cycles go.
@@ -91,18 +91,30 @@ void check_stack(const Model& model, const StackOptions& options, double toleran
 
 void check_stacks() {
   const auto scale = [](int hidden) { return 2 / std::sqrt(float(hidden)); };
-  const std::vector<std::vector<int>> lengths = {
-      {1},    {15},        {16},        {17},           {512},           {513},
-      {8192}, {0},         {300, 20},   {3, 2000, 100}, {0, 1, 33, 129}, {40, 50, 60, 70, 80},
-      {0, 0}, {9, 8, 7, 6, 5, 4, 3}, {700, 0, 15, 64, 65, 1, 300, 90}, std::vector<int>(8, 512)};
+  const std::vector<std::vector<int>> lengths = {{1},
+                                                 {15},
+                                                 {16},
+                                                 {17},
+                                                 {512},
+                                                 {513},
+                                                 {8192},
+                                                 {0},
+                                                 {300, 20},
+                                                 {3, 2000, 100},
+                                                 {0, 1, 33, 129},
+                                                 {40, 50, 60, 70, 80},
+                                                 {0, 0},
+                                                 {9, 8, 7, 6, 5, 4, 3},
+                                                 {700, 0, 15, 64, 65, 1, 300, 90},
+                                                 std::vector<int>(8, 512)};
   const Model small = {"0.5b", 896, 4864, 14, 2, 64, 2, 8};
-  for (const auto& l : lengths)
-    check_stack<Bf16>(small, {.lengths = l, .weight_scale = scale(896)}, 1e-2);
-  check_stack<Bf16>(small, {.lengths = {100, 7}, .block_size = 24, .weight_scale = scale(896), .has_parts = true},
-                    1e-2);
-  check_stack<Bf16>(small,
-                    {.lengths = {40, 50, 60, 70, 0}, .block_size = 16, .weight_scale = scale(896), .is_broken = true},
-                    1e-2);
+  for (const auto& l : lengths) check_stack<Bf16>(small, {.lengths = l, .weight_scale = scale(896)}, 1e-2);
+  check_stack<Bf16>(
+      small, {.lengths = {100, 7}, .block_size = 24, .weight_scale = scale(896), .has_parts = true}, 1e-2);
+  check_stack<Bf16>(
+      small,
+      {.lengths = {40, 50, 60, 70, 0}, .block_size = 16, .weight_scale = scale(896), .is_broken = true},
+      1e-2);
   check_stack<__half>(small, {.lengths = {77}, .weight_scale = scale(896)}, 2e-3);
   check_stack<__half>(small, {.lengths = {7, 900, 0, 30, 1}, .weight_scale = scale(896)}, 2e-3);
   for (const Model& m : {Model{"", 1536, 8960, 12, 2, 128, 3, 8}, Model{"", 1024, 2816, 16, 4, 64, 3, 8},
@@ -136,11 +148,12 @@ void print_stamps(const std::vector<long long>& stamps, int blocks, int layers) 
     }
     if (!count) continue;
     const double by = 1.0 / count / (layers - 1);
-    std::printf("  %d blocks %s attention: %.0f cycles a layer\n", count, attends ? "with" : "without", whole * by);
+    std::printf("  %d blocks %s attention: %.0f cycles a layer\n", count, attends ? "with" : "without",
+                whole * by);
     for (int kind = 0; kind < 4; ++kind) {
       std::printf("    %-8s attention %6.0f before %6.0f x %6.0f multiply %6.0f barrier %6.0f finish %6.0f\n",
-                  kKinds[kind], sums[kind][5] * by, sums[kind][4] * by, sums[kind][0] * by, sums[kind][1] * by,
-                  sums[kind][2] * by, sums[kind][3] * by);
+                  kKinds[kind], sums[kind][5] * by, sums[kind][4] * by, sums[kind][0] * by,
+                  sums[kind][1] * by, sums[kind][2] * by, sums[kind][3] * by);
     }
   }
 }
@@ -169,9 +182,10 @@ void time_stack(const Model& model, int rows, int context) {
         15));
   }
   for (auto& list : times) std::sort(list.begin(), list.end());
-  std::printf("%s %d x %d: layers by launches %.4f ms, stack %.4f ms (%.4f to %.4f); with lm_head %.4f, %.4f\n",
-              model.name, rows, context, times[0][1], times[1][1], times[1][0], times[1][2], times[2][1],
-              times[3][1]);
+  std::printf(
+      "%s %d x %d: layers by launches %.4f ms, stack %.4f ms (%.4f to %.4f); with lm_head %.4f, %.4f\n",
+      model.name, rows, context, times[0][1], times[1][1], times[1][0], times[1][2], times[2][1],
+      times[3][1]);
 #ifdef MODELTORCH_STACK_STAMPS
   int blocks = 0;
   cuda(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, 0));
@@ -198,6 +212,6 @@ int main(int argc, char** argv) {
     }
     return 0;
   }
-  std::printf("usage: decode_stack check | time 7b|0.5b ROWS CONTEXT\n");
+  std::printf("usage: decode_stack check | time 7b|1.5b|0.5b ROWS CONTEXT\n");
   return 2;
 }

@@ -168,26 +168,26 @@ class Stack {
   /// All layers in one launch, from hidden() to `y`; `state` is left to the caller.
   DecodeStack describe(T* y) const {
     DecodeStack stack{.dtype = dtype(),
-                                  .rows = rows_,
-                                  .hidden = m_.hidden,
-                                  .inner = m_.intermediate,
-                                  .heads = m_.heads,
-                                  .kv_heads = m_.kv_heads,
-                                  .head_size = m_.head_size,
-                                  .epsilon = 1e-6f,
-                                  .scale = 1 / std::sqrt(float(m_.head_size)),
-                                  .layers = {},
-                                  .x = hidden_,
-                                  .cos = cos_,
-                                  .sin = sin_,
-                                  .block_size = o_.block_size,
-                                  .block_tables = tables_,
-                                  .table_width = width_,
-                                  .blocks = blocks_,
-                                  .slots = slots_,
-                                  .seq_len = lengths_,
-                                  .y = y,
-                                  .fault = fault_};
+                      .rows = rows_,
+                      .hidden = m_.hidden,
+                      .inner = m_.intermediate,
+                      .heads = m_.heads,
+                      .kv_heads = m_.kv_heads,
+                      .head_size = m_.head_size,
+                      .epsilon = 1e-6f,
+                      .scale = 1 / std::sqrt(float(m_.head_size)),
+                      .layers = {},
+                      .x = hidden_,
+                      .cos = cos_,
+                      .sin = sin_,
+                      .block_size = o_.block_size,
+                      .block_tables = tables_,
+                      .table_width = width_,
+                      .blocks = blocks_,
+                      .slots = slots_,
+                      .seq_len = lengths_,
+                      .y = y,
+                      .fault = fault_};
     const std::vector<int64_t> parts = qkv_parts();
     std::copy(parts.begin(), parts.end(), stack.qkv_units);
     const T *at = weight_, *bias = bias_;
@@ -218,9 +218,7 @@ class Stack {
   int32_t* fault() const { return fault_; }
 
  private:
-  static DType dtype() {
-    return std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
-  }
+  static DType dtype() { return std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16; }
 
   std::vector<int64_t> qkv_parts() const {
     const int64_t q = int64_t{m_.heads} * m_.head_size, kv = int64_t{m_.kv_heads} * m_.head_size;

@@ -59,11 +59,11 @@ bool is_alike(const LayerTasks& a, const LayerTasks& b) {
     if (a.qkv.parts[part].n != b.qkv.parts[part].n) return false;
   }
   const DecodeAttention &c = a.attention, &d = b.attention;
-  return a.qkv.dtype == b.qkv.dtype && a.qkv.rows == b.qkv.rows && a.qkv.k == b.qkv.k && a.down.k == b.down.k &&
-         c.heads == d.heads && c.kv_heads == d.kv_heads && c.head_size == d.head_size && c.scale == d.scale &&
-         c.cos == d.cos && c.sin == d.sin && c.block_size == d.block_size && c.blocks == d.blocks &&
-         c.block_tables == d.block_tables && c.table_width == d.table_width && c.slots == d.slots &&
-         c.seq_len == d.seq_len && c.fault == d.fault;
+  return a.qkv.dtype == b.qkv.dtype && a.qkv.rows == b.qkv.rows && a.qkv.k == b.qkv.k &&
+         a.down.k == b.down.k && c.heads == d.heads && c.kv_heads == d.kv_heads &&
+         c.head_size == d.head_size && c.scale == d.scale && c.cos == d.cos && c.sin == d.sin &&
+         c.block_size == d.block_size && c.blocks == d.blocks && c.block_tables == d.block_tables &&
+         c.table_width == d.table_width && c.slots == d.slots && c.seq_len == d.seq_len && c.fault == d.fault;
 }
 
 DecodeStack::Layer layer_of(const LayerTasks& t) {
@@ -140,7 +140,8 @@ std::optional<JoinedLayers> join_layers(Plan& plan, const NodeLaunch& launch, si
     hidden = next->down.y;
     joined.end += kNodes;
   }
-  if (!is_closed(plan.graph(), joined.begin, joined.end) || !decode_stack_pays(joined.stack)) return std::nullopt;
+  if (!is_closed(plan.graph(), joined.begin, joined.end) || !decode_stack_pays(joined.stack))
+    return std::nullopt;
   return joined;
 }
 

@@ -27,7 +27,8 @@ struct JoinedLayers {
   DecodeStack stack;
 };
 
-/// The layers that begin with the first linear among nodes [begin, end) and that one launch can and should do.
+/// The layers that begin with the first linear among nodes [begin, end) and that one launch can and should
+/// do.
 std::optional<JoinedLayers> join_layers(Plan& plan, const NodeLaunch& launch, size_t begin, size_t end);
 
 }  // namespace modeltorch

@@ -109,9 +109,11 @@ __device__ __forceinline__ void load_tile(const DecodeAttentionParams& p, const 
   }
 }
 
-/// Eight elements of both halves of a head, rotated: x * cos + cat(-x2, x1) * sin. cos and sin: of either half.
+/// Eight elements of both halves of a head, rotated: x * cos + cat(-x2, x1) * sin. cos and sin: of either
+/// half.
 template <class T>
-__device__ __forceinline__ void rotate(uint4& low, uint4& high, const uint4 (&cos)[2], const uint4 (&sin)[2]) {
+__device__ __forceinline__ void rotate(uint4& low, uint4& high, const uint4 (&cos)[2],
+                                       const uint4 (&sin)[2]) {
   auto turn = [](uint32_t& a, uint32_t& b, uint32_t ca, uint32_t cb, uint32_t sa, uint32_t sb) {
     const float2 x = ptx::unpack<T>(a), y = ptx::unpack<T>(b);
     const float2 cx = ptx::unpack<T>(ca), cy = ptx::unpack<T>(cb), sx = ptx::unpack<T>(sa),
@@ -155,7 +157,7 @@ __device__ __forceinline__ void fetch_new_token(const DecodeAttentionParams& p, 
         row + static_cast<int64_t>(key ? p.heads + place.kv_head : place.head + head) * kD + column;
     uint4 low = __ldcg(reinterpret_cast<const uint4*>(from));
     uint4 high = __ldcg(reinterpret_cast<const uint4*>(from + kHalf));
-    auto halves = [&](const T* from, uint4 (&to)[2]) {
+    auto halves = [&](const T* from, uint4(&to)[2]) {
       to[0] = __ldcg(reinterpret_cast<const uint4*>(from + column));
       to[1] = __ldcg(reinterpret_cast<const uint4*>(from + column + kHalf));
     };

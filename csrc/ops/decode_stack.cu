@@ -13,7 +13,6 @@ namespace {
 
 constexpr int kSharedBytes = 227 * 1024;
 constexpr int kLeastRing = 64 * 1024;
-constexpr int kSplitTokens = 130;  // a tile a warp
 constexpr int kMaxSplits = 64;
 
 int64_t round_up(int64_t value, int64_t to) {
@@ -42,17 +41,18 @@ StackLinear plan_linear(int64_t k, int64_t units, int blocks, int sides, int pas
   const int64_t most = divide_up(units, blocks);
   const int64_t passes = divide_up(most * sides, pass_rows);
   const int64_t pass_units = divide_up(most, passes);
-  return {.k = static_cast<int>(k),
-          .units = static_cast<int>(units),
-          .pass_units = static_cast<int>(pass_units)};
+  return {
+      .k = static_cast<int>(k), .units = static_cast<int>(units), .pass_units = static_cast<int>(pass_units)};
 }
 
+/// Parts of the context. A warp loads two tiles of its part ahead. Of many rows the parts are longer: blocks
+/// that have attention have less room for weights.
 int split_count(const DecodeStack& stack, int blocks) {
   const int64_t work = stack.rows * stack.kv_heads;
+  const int64_t tokens = stack.rows <= 2 ? 130 : 320;
   int splits = 1;
-  // The blocks that have attention have room for fewer weights ahead: at most half of them.
-  while (splits < kMaxSplits && work * splits * 2 <= blocks / 2 &&
-         int64_t{splits} * kSplitTokens < stack.table_width * stack.block_size) {
+  while (splits < kMaxSplits && work * splits * 2 <= blocks &&
+         splits * tokens < stack.table_width * stack.block_size) {
     splits *= 2;
   }
   return splits;
@@ -201,7 +201,8 @@ bool decode_stack_fits(const DecodeStack& stack) {
   const DecodeStack& s = stack;
   if (!decode_device().hopper) return false;
   if (s.dtype != DType::kBFloat16 && s.dtype != DType::kFloat16) return false;
-  if (s.rows < 1 || s.rows > kStackMaxRows || s.layers.empty() || s.layers.size() > kStackMaxLayers) return false;
+  if (s.rows < 1 || s.rows > kStackMaxRows || s.layers.empty() || s.layers.size() > kStackMaxLayers)
+    return false;
   if (s.head_size != 64 && s.head_size != 128) return false;
   if (s.heads < 1 || s.kv_heads < 1 || s.heads % s.kv_heads != 0 || s.heads / s.kv_heads > kDecodeHeads)
     return false;
@@ -214,9 +215,10 @@ bool decode_stack_fits(const DecodeStack& stack) {
     return false;
   if (!aligned(s.x) || !aligned(s.cos) || !aligned(s.sin) || !aligned(s.y)) return false;
   for (const DecodeStack::Layer& layer : s.layers) {
-    for (const void* pointer : {layer.qkv[0], layer.qkv[1], layer.qkv[2], layer.attention_gamma, layer.o,
-                                layer.mlp_gamma, layer.gate, layer.up, layer.down,
-                                static_cast<const void*>(layer.k_cache), static_cast<const void*>(layer.v_cache)}) {
+    for (const void* pointer :
+         {layer.qkv[0], layer.qkv[1], layer.qkv[2], layer.attention_gamma, layer.o, layer.mlp_gamma,
+          layer.gate, layer.up, layer.down, static_cast<const void*>(layer.k_cache),
+          static_cast<const void*>(layer.v_cache)}) {
       if (!aligned(pointer)) return false;
     }
   }
@@ -237,7 +239,8 @@ size_t decode_stack_state_bytes(const DecodeStack& stack) {
 }
 
 void decode_stack(const DecodeStack& stack, void* stream) {
-  check(decode_stack_fits(stack), "decode_stack: ", stack.rows, " rows, hidden ", stack.hidden, " do not fit");
+  check(decode_stack_fits(stack), "decode_stack: ", stack.rows, " rows, hidden ", stack.hidden,
+        " do not fit");
   StackPlan plan;
   plan_stack(plan, stack);
   StackParams& p = plan.params;

@@ -12,20 +12,20 @@ namespace modeltorch {
 ///   x += o(attention(rope(qkv(norm(x)))));  x += down(silu(gate(norm(x))) * up(norm(x)))
 /// with the parts of few_row_linear.h and decode_attention.h.
 ///
-/// | tensor             | shape                                     | dtype | note                             |
-/// |--------------------|-------------------------------------------|-------|----------------------------------|
-/// | x                  | [rows, hidden]                            | T     |                                  |
-/// | cos, sin           | [rows, head_size]                         | T     | rows of these tokens             |
-/// | qkv                | [(heads + 2 * kv_heads) * head_size, hidden] | T  | up to three parts, with biases   |
-/// | o                  | [hidden, heads * head_size]               | T     |                                  |
-/// | gate, up           | [inner, hidden]                           | T     |                                  |
-/// | down               | [hidden, inner]                           | T     |                                  |
-/// | k_cache, v_cache   | [blocks, block_size, kv_heads, head_size] | T     |                                  |
-/// | block_tables       | [rows, table_width]                       | int32 |                                  |
-/// | slots              | [rows]                                    | int32 | row of the cache to write; -1: none |
-/// | seq_len            | [rows]                                    | int32 | context with the new token; 0: padding |
-/// | y                  | [rows, hidden]                            | T     | may be x                         |
-/// | fault              | [1]                                       | int32 | as in decode_attention.h         |
+/// | tensor           | shape                                     | dtype | note                           |
+/// |------------------|-------------------------------------------|-------|--------------------------------|
+/// | x                | [rows, hidden]                            | T     |                                |
+/// | cos, sin         | [rows, head_size]                         | T     | rows of these tokens           |
+/// | qkv              | [units, hidden]                           | T     | up to three parts, with biases |
+/// | o                | [hidden, heads * head_size]               | T     |                                |
+/// | gate, up         | [inner, hidden]                           | T     |                                |
+/// | down             | [hidden, inner]                           | T     |                                |
+/// | k_cache, v_cache | [blocks, block_size, kv_heads, head_size] | T     |                                |
+/// | block_tables     | [rows, table_width]                       | int32 |                                |
+/// | slots            | [rows]                                    | int32 | -1: write no row of the cache  |
+/// | seq_len          | [rows]                                    | int32 | with the new token; 0: padding |
+/// | y                | [rows, hidden]                            | T     | may be x                       |
+/// | fault            | [1]                                       | int32 | as in decode_attention.h       |
 ///
 /// T is bfloat16 or float16; sums are float32 and their order is fixed.
 struct DecodeStack {

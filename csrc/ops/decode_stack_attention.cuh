@@ -35,7 +35,7 @@ struct Attention {
   const StackParams& p;
   const DecodeAttentionParams& a;
   decode::Place place;
-  char* shared;  // of attention
+  char* shared;   // of attention
   int tile, end;  // of this warp
   int64_t slot;
   int rows[Shape::kStages], next_row;  // of the cache, of the tiles that come first
@@ -80,7 +80,8 @@ struct Attention {
 #pragma unroll
     for (int i = 0; i < Shape::kStages; ++i) {
       if (tile + i < end)
-        decode::load_tile<T, Shape>(of(layer), place, rows[i], ptx::shared_address(ring()) + i * Shape::kTileBytes);
+        decode::load_tile<T, Shape>(of(layer), place, rows[i],
+                                    ptx::shared_address(ring()) + i * Shape::kTileBytes);
       ptx::commit_copies();
     }
   }
@@ -217,9 +218,7 @@ __device__ __forceinline__ void take_back_attended(const StackParams& p, int uni
   }
 }
 
-/// Waits for the splits of one row and head that lane `lane` of kLanes takes, at most kBatch at a time, and
-/// adds them up: of four columns of the output.
-template <int kD, int kLanes>
+/// Some splits of one row and head, merged: of four columns of the output.
 struct Merged {
   float maximum = -INFINITY, sum = 0;
   float4 out{};
@@ -234,72 +233,66 @@ struct Merged {
     maximum = next;
   }
 
-  __device__ void wait_and_add(const StackParams& p, int row, int column, int lane) {
+  /// Waits for up to four splits: `first`, `first + step` and so on, those below `end`.
+  template <int kD>
+  __device__ void wait_and_add(const StackParams& p, int64_t row, int column, int first, int step, int end) {
     constexpr int kBatch = 4;
-    const int splits = p.attention.splits;
-    for (int split = lane; split < splits; split += kBatch * kLanes) {
-      uint2 state[kBatch];
-      uint4 part[kBatch];
-      exchange::Patience patience;
-      bool missing = true;
-      while (missing) {
-        patience.spend();
-        missing = false;
+    uint2 state[kBatch];
+    uint4 part[kBatch];
+    exchange::Patience patience;
+    bool missing = true;
+    while (missing) {
+      patience.spend();
+      missing = false;
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (split + i * kLanes >= splits) break;
-          const int64_t at = static_cast<int64_t>(row) * splits + split + i * kLanes;
-          state[i] = exchange::load_pair(p.states + at);
-          part[i] = exchange::load(p.parts + at * kD + column * 4);
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (split + i * kLanes >= splits) break;
-          missing |= state[i].x == exchange::kNothing || state[i].y == exchange::kNothing ||
-                     exchange::has_empty_word(part[i]);
-        }
+      for (int i = 0; i < kBatch; ++i) {
+        const int64_t at = row * p.attention.splits + min(first + i * step, end - 1);
+        state[i] = exchange::load_pair(p.states + at);
+        part[i] = exchange::load(p.parts + at * kD + column * 4);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        if (split + i * kLanes >= splits) break;
-        add(__uint_as_float(state[i].x), __uint_as_float(state[i].y),
-            {__uint_as_float(part[i].x), __uint_as_float(part[i].y), __uint_as_float(part[i].z),
-             __uint_as_float(part[i].w)});
+        missing |= state[i].x == exchange::kNothing || state[i].y == exchange::kNothing ||
+                   exchange::has_empty_word(part[i]);
       }
     }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i * step >= end) break;
+      add(__uint_as_float(state[i].x), __uint_as_float(state[i].y),
+          {__uint_as_float(part[i].x), __uint_as_float(part[i].y), __uint_as_float(part[i].z),
+           __uint_as_float(part[i].w)});
+    }
+  }
+
+  template <class T>
+  __device__ uint2 quotient() const {
+    const float by = 1 / (sum == 0 ? 1 : sum);  // 0: padding
+    return {ptx::pack<T>(out.x * by, out.y * by), ptx::pack<T>(out.z * by, out.w * by)};
   }
 };
 
-/// Joins the splits of one row and head for all blocks.
+/// Merges the splits of one row and head for all blocks.
 template <class T, int kD>
 __device__ __forceinline__ void join_splits(const StackParams& p, int row, char* shared) {
-  constexpr int kVectors = kD / 4, kLanes = kStackConsumers / kVectors;
-  const int column = threadIdx.x % kVectors, lane = threadIdx.x / kVectors;
+  constexpr int kVectors = kD / 4,
+                kLanes = kStackConsumers / kVectors;  // lanes: threads that share the splits
+  const int splits = p.attention.splits, column = threadIdx.x % kVectors, lane = threadIdx.x / kVectors;
   float2* states = reinterpret_cast<float2*>(shared);
   float4* outs = reinterpret_cast<float4*>(shared + kStackConsumers * 8);
-  Merged<kD, kLanes> merged;
-  merged.wait_and_add(p, row, column, lane);
+  Merged merged;
+  for (int split = lane; split < splits; split += 4 * kLanes)
+    merged.wait_and_add<kD>(p, row, column, split, kLanes, splits);
   ptx::barrier_sync(1, kStackConsumers);  // whatever was in shared memory has been read
   states[threadIdx.x] = {merged.maximum, merged.sum};
   outs[threadIdx.x] = merged.out;
   ptx::barrier_sync(1, kStackConsumers);
   if (lane > 0) return;
-  const decode::Merge<kLanes> all(kLanes, [&](int i, int what) {
+  for (int i = 1; i < min(kLanes, splits); ++i) {
     const float2 state = states[i * kVectors + column];
-    return what ? state.y : state.x;
-  });
-  float4 sum{};
-#pragma unroll
-  for (int i = 0; i < kLanes; ++i) {
-    const float4 part = outs[i * kVectors + column];
-    sum.x += all.factor[i] * part.x;
-    sum.y += all.factor[i] * part.y;
-    sum.z += all.factor[i] * part.z;
-    sum.w += all.factor[i] * part.w;
+    merged.add(state.x, state.y, outs[i * kVectors + column]);
   }
-  const float by = 1 / (all.sum == 0 ? 1 : all.sum);  // 0: padding
-  exchange::store(attended<T>(p) + static_cast<int64_t>(row) * kD + column * 4,
-                  uint2{ptx::pack<T>(sum.x * by, sum.y * by), ptx::pack<T>(sum.z * by, sum.w * by)});
+  exchange::store(attended<T>(p) + static_cast<int64_t>(row) * kD + column * 4, merged.quotient<T>());
 }
 
 /// Takes back what join_splits handed on.

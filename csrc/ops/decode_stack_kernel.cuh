@@ -9,8 +9,6 @@
 // read it: in o what qkv and down wrote, in gate_up what attention wrote, in down what o wrote, and in qkv
 // what gate_up wrote, for the last layer in the launch that follows.
 
-#include <type_traits>
-
 #include "ops/decode_stack_attention.cuh"
 #include "ops/decode_stack_exchange.cuh"
 #include "ops/decode_stack_ring.cuh"
@@ -20,8 +18,9 @@ namespace stack {
 
 // In a build that measures: thread 0 of every block notes its clock.
 #ifdef MODELTORCH_STACK_STAMPS
-#define MODELTORCH_STAMP(task, at) \
-  if (p.stamps && threadIdx.x == 0) p.stamps[(int64_t{blockIdx.x} * 4 * p.layer_count + (task)) * 8 + (at)] = clock64()
+#define MODELTORCH_STAMP(task, at)  \
+  if (p.stamps && threadIdx.x == 0) \
+  p.stamps[(int64_t{blockIdx.x} * 4 * p.layer_count + (task)) * 8 + (at)] = clock64()
 #else
 #define MODELTORCH_STAMP(task, at)
 #endif
@@ -49,16 +48,14 @@ struct Consumer {
   template <int kGroups>
   using X = uint4[kGroups];
 
-  /// `from`: the first column of this lane, from which on there are `columns`. `meanwhile`: done while the first
-  /// loads are under way.
-  template <int kGroups, class Meanwhile>
-  __device__ void load_x(X<kGroups>& x, const T* from, int columns, bool wait, Meanwhile meanwhile) {
+  /// `from`: the first column of this lane, from which on there are `columns`.
+  template <int kGroups>
+  __device__ void load_x(X<kGroups>& x, const T* from, int columns, bool wait) {
     const bool exists = lane / 4 < p.rows;
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       x[i] = exists && i * kStackSpan < columns ? exchange::load(from + i * kStackSpan) : uint4{};
     }
-    meanwhile();
     if (!wait) return;
     exchange::Patience patience;
     while (true) {
@@ -98,45 +95,36 @@ struct Consumer {
     if (lane % 4 == 0) squares_of_warps[warp * kStackMaxRows + lane / 4] = squares;
   }
 
-  /// acc[block][..] += x times kBlocks times sixteen rows, of which the last may be missing, chunk by chunk;
-  /// several blocks only where k is one chunk. `lead`: bytes in front of the first chunk.
-  template <int kGroups, int kBlocks>
-  __device__ void multiply(float (&acc)[kBlocks][2][4], const X<kGroups>& x, int columns, int rows, int lead) {
+  /// acc[lane's rows][lane's tokens] += x times `rows` rows, chunk by chunk. `lead`: bytes in front of the
+  /// first.
+  template <int kGroups>
+  __device__ void multiply(float (&acc)[2][4], const X<kGroups>& x, int columns, int rows, int lead) {
     const int groups = columns / 32;
+    const int low_row = min(lane / 4, rows - 1), high_row = min(lane / 4 + 8, rows - 1);
     const char* from = base + warp * 64 + lane % 4 * 16;
 #pragma unroll
     for (int i = 0; i < kGroups; i += kStackChunkGroups) {
       if (i * kStackSpan >= columns) break;  // the same for all warps: all wait for and give back every chunk
-      const int pitch = pitch_of(min(kStackChunk, columns - i * kStackSpan)), first_slot = ring.slot;
-      uint4 a[kBlocks][kStackChunkGroups], b[kBlocks][kStackChunkGroups];
+      const int pitch = pitch_of(min(kStackChunk, columns - i * kStackSpan)), bytes = rows * pitch + lead;
+      const int at = ring.place(bytes);
+      const char *low = from + at + lead + low_row * pitch, *high = from + at + lead + high_row * pitch;
+      lead = 0;
+      ptx::barrier_wait(ring.full(ring.slot), ring.parity);
+      uint4 a[kStackChunkGroups], b[kStackChunkGroups];
 #pragma unroll
-      for (int m = 0; m < kBlocks; ++m) {
-        const int block_rows = min(kStackChunkRows, rows - m * kStackChunkRows);
-        const int bytes = block_rows * pitch + lead, at = ring.place(bytes);
-        const char* low = from + at + lead + min(lane / 4, block_rows - 1) * pitch;
-        const char* high = from + at + lead + min(lane / 4 + 8, block_rows - 1) * pitch;
-        lead = 0;
-        ptx::barrier_wait(ring.full(ring.slot), ring.parity);
-#pragma unroll
-        for (int j = 0; j < kStackChunkGroups; ++j) {
-          const bool exists = (i + j) * kStackWarps + warp < groups;
-          a[m][j] = exists ? *reinterpret_cast<const uint4*>(low + j * kStackSpan * 2) : uint4{};
-          b[m][j] =
-              exists && block_rows > 8 ? *reinterpret_cast<const uint4*>(high + j * kStackSpan * 2) : uint4{};
-        }
-        ring.advance(at + bytes);
+      for (int j = 0; j < kStackChunkGroups; ++j) {
+        const bool exists = (i + j) * kStackWarps + warp < groups;
+        a[j] = exists ? *reinterpret_cast<const uint4*>(low + j * kStackSpan * 2) : uint4{};
+        b[j] = exists && rows > 8 ? *reinterpret_cast<const uint4*>(high + j * kStackSpan * 2) : uint4{};
       }
 #pragma unroll
       for (int j = 0; j < kStackChunkGroups; ++j) {
-#pragma unroll
-        for (int m = 0; m < kBlocks; ++m) {
-          const uint4 &c = a[m][j], &d = b[m][j];
-          ptx::multiply_add<T>(acc[m][0], {c.x, d.x, c.y, d.y}, x[i + j].x, x[i + j].y);
-          ptx::multiply_add<T>(acc[m][1], {c.z, d.z, c.w, d.w}, x[i + j].z, x[i + j].w);
-        }
+        ptx::multiply_add<T>(acc[0], {a[j].x, b[j].x, a[j].y, b[j].y}, x[i + j].x, x[i + j].y);
+        ptx::multiply_add<T>(acc[1], {a[j].z, b[j].z, a[j].w, b[j].w}, x[i + j].z, x[i + j].w);
       }
       __syncwarp();
-      if (lane < kBlocks) ptx::barrier_arrive(ring.empty((first_slot + lane) % kStackSlots));
+      if (lane == 0) ptx::barrier_arrive(ring.empty(ring.slot));
+      ring.advance(at + bytes);
     }
   }
 
@@ -197,19 +185,18 @@ struct Consumer {
   }
 
   /// Brings the x of columns [k, k + columns) of a linear into the registers.
-  template <int kGroups, class Meanwhile>
+  template <int kGroups>
   __device__ void fetch_x(X<kGroups>& x, const StackShare& share, int layer, int kind, int k, int columns,
-                          int first_rows, Meanwhile meanwhile) {
+                          int first_rows) {
     const int column = warp * 32 + lane % 4 * 8, token = min(lane / 4, p.rows - 1);
     const int64_t offset = static_cast<int64_t>(token) * share.linear.k + k + column;
     const bool is_outside = kind == kStackQkv && layer == 0;
     const void* from = is_outside ? p.x : share.linear.x;
-    load_x(x, static_cast<const T*>(from) + offset, columns - column, !is_outside, meanwhile);
+    load_x(x, static_cast<const T*>(from) + offset, columns - column, !is_outside);
     if (!share.linear.has_norm) return;
     // gamma comes in front of the first chunk.
     const int lead = columns * 2;
-    const int at =
-        ring.place(min(first_rows, kStackChunkRows) * pitch_of(min(kStackChunk, columns)) + lead);
+    const int at = ring.place(min(first_rows, kStackChunkRows) * pitch_of(min(kStackChunk, columns)) + lead);
     ptx::barrier_wait(ring.full(ring.slot), ring.parity);
     apply_gamma(x, base + at + column * 2, columns - column, squares(kind));
   }
@@ -250,6 +237,7 @@ struct Consumer {
 
   /// Takes back what this block wrote that everybody has read when linear `kind` is done.
   __device__ void take_back(int kind) const {
+    if (kind == kStackGateUp) return;  // attention's, elsewhere
     take_back(shares[kind == kStackO ? kStackQkv : kind == kStackQkv ? kStackGateUp : kStackO]);
     if (kind == kStackO) take_back(shares[kStackDown]);
   }
@@ -278,23 +266,17 @@ struct Consumer {
   /// One pass over the columns of x: the sums of `units` units from `first` on, and, at the end of k, what is
   /// made of them.
   template <int kGroups>
-  __device__ void run_pass(const X<kGroups>& x, const StackShare& share, int layer, int kind, int k, int columns,
-                           int first, int units, const float (&bias)[3]) {
+  __device__ void run_pass(const X<kGroups>& x, const StackShare& share, int layer, int kind, int k,
+                           int columns, int first, int units, const float (&bias)[3]) {
     const int rows = kind == kStackGateUp ? 2 * units : units;
-    int row = 0;
-    const auto step = [&]<int kBlocks>(std::integral_constant<int, kBlocks>) {
-      float acc[kBlocks][2][4] = {};
-      if (k) resume(acc[0], row, rows - row);
+    for (int row = 0; row < rows; row += kStackChunkRows) {
+      const int chunk_rows = min(kStackChunkRows, rows - row);
+      float acc[2][4] = {};
+      if (k) resume(acc, row, chunk_rows);
       const bool has_lead = share.linear.has_norm && first == 0 && row == 0;
-      multiply<kGroups, kBlocks>(acc, x, columns, min(kBlocks * kStackChunkRows, rows - row),
-                                 has_lead ? columns * 2 : 0);
-#pragma unroll
-      for (int m = 0; m < kBlocks; ++m, row += kStackChunkRows) keep(acc[m], row, rows - row);
-    };
-    if constexpr (kGroups == kStackChunkGroups) {
-      while (row + kStackChunkRows < rows) step(std::integral_constant<int, 2>());
+      multiply(acc, x, columns, chunk_rows, has_lead ? columns * 2 : 0);
+      keep(acc, row, chunk_rows);
     }
-    while (row < rows) step(std::integral_constant<int, 1>());
     if (k + columns < share.linear.k) return;
     MODELTORCH_STAMP(layer * 4 + kind, 2);
     ptx::barrier_sync(1, kStackConsumers);
@@ -305,8 +287,8 @@ struct Consumer {
   }
 
   /// Where x comes in several parts, or there is a bias, there is one pass.
-  template <int kGroups, class Meanwhile>
-  __device__ void run(int layer, int kind, Meanwhile meanwhile) {
+  template <int kGroups>
+  __device__ void run(int layer, int kind) {
     const StackShare share = shares[kind];
     const int pass_units = share.linear.pass_units;
     const int first_rows = min(pass_units, share.count) * (kind == kStackGateUp ? 2 : 1);
@@ -317,9 +299,7 @@ struct Consumer {
       MODELTORCH_STAMP(layer * 4 + kind, 0);
       const int columns = min(kStackPart, share.linear.k - k);
       X<kGroups> x;
-      fetch_x(x, share, layer, kind, k, columns, first_rows, [&] {
-        if (k == 0) meanwhile();
-      });
+      fetch_x(x, share, layer, kind, k, columns, first_rows);
       MODELTORCH_STAMP(layer * 4 + kind, 1);
       for (int first = 0; first < share.count; first += pass_units)
         run_pass(x, share, layer, kind, k, columns, first, min(pass_units, share.count - first), bias);
@@ -342,24 +322,12 @@ __device__ __forceinline__ int unit_of(int units) {
   return unit < units && unit * blocks / units == block ? unit : -1;
 }
 
-/// Takes back what everybody has read when this block has done linear `step` of all layers.
-template <class T, int kD>
-__device__ __forceinline__ void take_back_after(const StackParams& p, const Consumer<T>& consumer, int step,
-                                                int unit, int joined) {
-  if (step < 0) return;
-  const int kind = step % 4;
-  if (kind != kStackGateUp) return consumer.take_back(kind);
-  if (unit >= 0) take_back_attended<T, kD>(p, unit);
-  if (joined >= 0) take_back_joined<T, kD>(p, joined);
-}
-
 /// What the warps do that multiply.
 template <class T, int kD>
 __device__ __forceinline__ void consume(const StackParams& p, int unit, char* shared, Consumer<T> consumer) {
   const StackShare own = consumer.shares[kStackO];
   for (int i = threadIdx.x; i < own.count * p.rows; i += kStackConsumers) {
-    const int64_t from =
-        static_cast<int64_t>(i / own.count) * own.linear.units + own.first + i % own.count;
+    const int64_t from = static_cast<int64_t>(i / own.count) * own.linear.units + own.first + i % own.count;
     reinterpret_cast<float*>(shared + p.residual_offset)[i] = ptx::to_float(static_cast<const T*>(p.x)[from]);
   }
   const bool attends = unit >= 0;
@@ -373,19 +341,19 @@ __device__ __forceinline__ void consume(const StackParams& p, int unit, char* sh
   for (int step = 0; step < 4 * p.layer_count; ++step) {  // one copy of the code, which is long enough
     const int layer = step / 4, kind = step % 4;
     if (kind == kStackO) {
-      if (attends)
-        attention.run(p.layers[layer], layer + 1 < p.layer_count ? &p.layers[layer + 1] : nullptr);
+      if (attends) attention.run(p.layers[layer], layer + 1 < p.layer_count ? &p.layers[layer + 1] : nullptr);
       MODELTORCH_STAMP(step, 5);
       if (joined >= 0) join_splits<T, kD>(p, joined, consumer.scratch());
     }
-    const auto take_back = [&] { take_back_after<T, kD>(p, consumer, step - 1, unit, joined); };
     if (p.linear[kind].k <= kStackChunk) {
-      consumer.template run<kStackChunkGroups>(layer, kind, take_back);
+      consumer.template run<kStackChunkGroups>(layer, kind);
     } else {
-      consumer.template run<kStackGroups>(layer, kind, take_back);
+      consumer.template run<kStackGroups>(layer, kind);
     }
+    consumer.take_back(kind);
+    if (kind == kStackGateUp && attends) take_back_attended<T, kD>(p, unit);
+    if (kind == kStackGateUp && joined >= 0) take_back_joined<T, kD>(p, joined);
   }
-  take_back_after<T, kD>(p, consumer, 4 * p.layer_count - 1, unit, joined);
 }
 
 #endif  // MODELTORCH_PTX_HOPPER
@@ -394,7 +362,8 @@ __device__ __forceinline__ void consume(const StackParams& p, int unit, char* sh
 
 /// Grid: at most as many blocks as there are multiprocessors, in a cooperative launch.
 template <class T, int kD>
-__global__ void __launch_bounds__(kStackThreads, 1) decode_stack_kernel(const __grid_constant__ StackParams p) {
+__global__ void __launch_bounds__(kStackThreads, 1)
+    decode_stack_kernel(const __grid_constant__ StackParams p) {
 #if MODELTORCH_PTX_HOPPER
   using namespace stack;
   extern __shared__ __align__(128) char shared[];

@@ -3,9 +3,9 @@
 // decode_stack: what a launch fixes, how a block's share of the weights is cut into chunks, and the warp that
 // streams them into a ring in shared memory.
 //
-// Every block owns a range of the rows of each weight, in all layers. Its chunks, at most sixteen rows of them
-// and some of their columns, follow one another through one ring without regard to which linear or layer they
-// belong to: while the blocks wait for each other, the weights of what comes next arrive.
+// Every block owns a range of the rows of each weight, in all layers. Its chunks, at most sixteen rows of
+// them and some of their columns, follow one another through one ring without regard to which linear or layer
+// they belong to: while the blocks wait for each other, the weights of what comes next arrive.
 
 #include "ops/decode_attention_kernel.cuh"
 #include "ops/decode_ptx.cuh"
@@ -22,7 +22,7 @@ inline constexpr int kStackGroups = 20;                       // groups of a war
 inline constexpr int kStackPart = kStackGroups * kStackSpan;  // columns of x that the warps hold
 inline constexpr int kStackSlots = 32;                        // chunks in the ring, at most
 inline constexpr int kStackChunkRows = 16;
-inline constexpr int kStackChunkGroups = 4;  // of a warp
+inline constexpr int kStackChunkGroups = 4;                         // of a warp
 inline constexpr int kStackChunk = kStackChunkGroups * kStackSpan;  // columns
 
 enum StackKind { kStackQkv, kStackO, kStackGateUp, kStackDown };
@@ -40,7 +40,7 @@ struct StackLinear {
 struct StackShare {
   StackLinear linear;
   int first, count;  // units
-  int64_t pad;
+  int64_t padding;  // to whole 16 bytes, in which threads load it
 };
 
 struct StackLayer {
@@ -59,7 +59,8 @@ struct StackParams {
   float* parts;
   float2* states;
   float epsilon, inverse_hidden;
-  int rows, layer_count, attention_units, join_units;
+  int rows, layer_count, attention_units;
+  int join_units;     // rows and heads whose splits are joined; 0 where there is one split
   int unit_shift;     // log2 of the threads that finish the units of a row
   int part_begin[3];  // first unit of a part of qkv; INT_MAX where there is none
   int residual_offset, red_offset, red_bytes, red_pitch, attention_offset;
@@ -129,8 +130,8 @@ struct Producer {
     if (to < ring.head) {
       while (held && __shfl_sync(~0u, begin, oldest) >= ring.head) drop_oldest();
     }
-    while (held && (held == kStackSlots || (__shfl_sync(~0u, begin, oldest) < to + bytes &&
-                                            __shfl_sync(~0u, end, oldest) > to))) {
+    while (held && (held == kStackSlots ||
+                    (__shfl_sync(~0u, begin, oldest) < to + bytes && __shfl_sync(~0u, end, oldest) > to))) {
       drop_oldest();
     }
     if (lane == ring.slot) {
