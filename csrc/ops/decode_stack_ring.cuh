@@ -40,7 +40,7 @@ struct StackLinear {
 struct StackShare {
   StackLinear linear;
   int first, count;  // units
-  int64_t padding;  // to whole 16 bytes, in which threads load it
+  int64_t padding;   // to whole 16 bytes, in which threads load it
 };
 
 struct StackLayer {
