@@ -63,6 +63,20 @@ def test_replayed_steps_equal_the_cpu_for_any_batch_of_a_bucket():
     assert seen["captured_graphs"] <= seen["plans"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_all_layers_of_few_rows_in_one_launch_equal_the_cpu(dtype):
+    model = random_model(SHAPE)
+    gpu, cpu = (Runner(SHAPE, model, dtype, device) for device in ("cuda", "cpu"))
+    for runner in (gpu, cpu):
+        runner.prefill([[1, 2, 3], [4], [5, 6, 7, 8, 9], [10] * 17, [11, 12], [13] * 40, [14, 15], [16] * 9])
+    for step in range(16):
+        chosen = {n: 20 + step + n for n in range(8) if n <= step % 8}
+        assert relative_error(gpu.decode(chosen).cpu(), cpu.decode(chosen)) < 2e-2
+    seen = counters(gpu)
+    assert seen["captures"] >= 4  # of 1, 2, 4 and 8 rows
+    assert seen["captures"] + seen["replays"] == 16
+
+
 def test_outputs_of_the_caller_are_written_with_and_without_padding():
     gpu, cpu = prefilled()
     for chosen in ({0: 3}, {0: 4, 1: 5}, {0: 6, 1: 7, 2: 8}, {4: 1, 3: 2, 2: 3, 1: 4, 0: 5}):

@@ -7,92 +7,14 @@
 // `check` compares with plain float64 kernels. `time` replays CUDA graphs: of each kernel over weights that
 // do not fit in the L2 cache, and of the whole layer stack with its own weights for every layer.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <numeric>
-#include <random>
 #include <string>
-#include <vector>
 
-#include "ops/decode_attention.h"
-#include "ops/few_row_linear.h"
-
-using namespace modeltorch;
+#include "layer_stack.cuh"
 
 namespace {
 
 constexpr double kReadRate = 3157e9;  // bytes a second that one read-only launch of this card reaches
-
-void cuda(cudaError_t status) {
-  if (status == cudaSuccess) return;
-  std::printf("CUDA: %s\n", cudaGetErrorString(status));
-  std::exit(1);
-}
-
-/// Device memory that is never given back before the process ends, apart from reset().
-class Pool {
- public:
-  void* take(size_t bytes) {
-    void* pointer = nullptr;
-    cuda(cudaMalloc(&pointer, std::max<size_t>(bytes, 16)));
-    taken_.push_back(pointer);
-    return pointer;
-  }
-  void reset() {
-    for (void* pointer : taken_) cuda(cudaFree(pointer));
-    taken_.clear();
-  }
-
- private:
-  std::vector<void*> taken_;
-};
-
-Pool pool;
-
-__device__ float hash_uniform(uint64_t i, uint64_t seed) {
-  uint64_t z = i + seed * 0x9e3779b97f4a7c15ull;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-  return static_cast<float>((z >> 40) & 0xffffff) / 8388608.0f - 1.0f;
-}
-
-template <class T>
-__global__ void fill(T* to, size_t n, uint64_t seed, float scale, float shift) {
-  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < n; i += size_t{gridDim.x} * blockDim.x) {
-    to[i] = T(hash_uniform(i, seed) * scale + shift);
-  }
-}
-
-template <class T>
-T* random(size_t n, float scale = 1, float shift = 0) {
-  static uint64_t seed = 1;
-  T* to = static_cast<T*>(pool.take(n * sizeof(T)));
-  fill<T><<<1024, 256>>>(to, n, ++seed, scale, shift);
-  cuda(cudaGetLastError());
-  return to;
-}
-
-template <class T>
-T* upload(const std::vector<T>& values) {
-  T* to = static_cast<T*>(pool.take(values.size() * sizeof(T)));
-  cuda(cudaMemcpy(to, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
-  return to;
-}
-
-template <class T>
-std::vector<T> download(const T* from, size_t n) {
-  std::vector<T> values(n);
-  cuda(cudaMemcpy(values.data(), from, n * sizeof(T), cudaMemcpyDeviceToHost));
-  return values;
-}
 
 // --- references ---
 
@@ -173,17 +95,6 @@ __global__ void reference_values(DecodeAttention a, const double* scores, double
 // --- checks ---
 
 int failures = 0;
-
-double relative_error(const std::vector<double>& want, const std::function<float(size_t)>& got) {
-  double difference = 0, norm = 1e-30;
-  for (size_t i = 0; i < want.size(); ++i) {
-    const double e = got(i) - want[i];
-    difference += e * e;
-    norm += want[i] * want[i];
-  }
-  const double error = std::sqrt(difference / norm);
-  return error == error ? error : INFINITY;
-}
 
 struct LinearCase {
   int rows, k;
@@ -382,188 +293,17 @@ void check_attentions() {
 
 // --- times ---
 
-/// Median milliseconds of a replay of the graph of `work`.
-double time_graph(const std::function<void(cudaStream_t)>& work, int repeats) {
-  cudaStream_t stream;
-  cudaGraph_t graph;
-  cudaGraphExec_t executable;
-  cuda(cudaStreamCreate(&stream));
-  cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  work(stream);
-  cuda(cudaStreamEndCapture(stream, &graph));
-  cuda(cudaGraphInstantiate(&executable, graph, 0));
-  std::vector<float> times;
-  cudaEvent_t start, end;
-  cuda(cudaEventCreate(&start));
-  cuda(cudaEventCreate(&end));
-  for (int i = 0; i < repeats + 3; ++i) {
-    cuda(cudaEventRecord(start, stream));
-    cuda(cudaGraphLaunch(executable, stream));
-    cuda(cudaEventRecord(end, stream));
-    cuda(cudaEventSynchronize(end));
-    float ms;
-    cuda(cudaEventElapsedTime(&ms, start, end));
-    if (i >= 3) times.push_back(ms);
-  }
-  cuda(cudaGraphExecDestroy(executable));
-  cuda(cudaGraphDestroy(graph));
-  cuda(cudaStreamDestroy(stream));
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
-}
-
-struct Model {
-  const char* name;
-  int hidden, intermediate, heads, kv_heads, head_size, layers, vocabulary;
-};
-
-constexpr Model kModels[] = {{"7b", 3584, 18944, 28, 4, 128, 28, 152064},
-                             {"1.5b", 1536, 8960, 12, 2, 128, 28, 151936},
-                             {"0.5b", 896, 4864, 14, 2, 64, 24, 151936}};
-
 using Bf16 = __nv_bfloat16;
-
-/// A decoder's layer stack with random weights, the caches of `rows` sequences and all intermediate tensors.
-class Stack {
- public:
-  Stack(const Model& model, int rows, int context) : m_(model), rows_(rows), context_(context) {
-    const int64_t q = int64_t{m_.heads} * m_.head_size, kv = int64_t{m_.kv_heads} * m_.head_size;
-    weights_ = layer_weights() * m_.layers + int64_t{m_.vocabulary} * m_.hidden;
-    weight_ = random<Bf16>(weights_, 0.02f);
-    gamma_ = random<Bf16>(m_.hidden * (2 * m_.layers + 1), 0.2f, 1);
-    bias_ = random<Bf16>((q + 2 * kv) * m_.layers);
-    hidden_ = random<Bf16>(int64_t{rows} * m_.hidden);
-    qkv_ = random<Bf16>(rows * (q + 2 * kv));
-    attended_ = random<Bf16>(rows * q);
-    inner_ = random<Bf16>(int64_t{rows} * m_.intermediate);
-    logits_ = random<Bf16>(int64_t{rows} * m_.vocabulary);
-    workspace_ = pool.take(size_t(rows) * m_.hidden * 2);
-    width_ = context / kBlock + 1;
-    blocks_ = rows * width_;
-    cache_ = blocks_ * kBlock * kv;
-    caches_ = random<Bf16>(cache_ * 2 * m_.layers);
-    cos_ = random<Bf16>(rows * m_.head_size);
-    std::vector<int32_t> tables(blocks_), slots(rows), lengths(rows, context);
-    std::iota(tables.begin(), tables.end(), 0);
-    std::shuffle(tables.begin(), tables.end(), std::mt19937(1));
-    for (int i = 0; i < rows; ++i)
-      slots[i] = tables[i * width_ + (context - 1) / kBlock] * kBlock + (context - 1) % kBlock;
-    tables_ = upload(tables);
-    slots_ = upload(slots);
-    lengths_ = upload(lengths);
-    fault_ = upload(std::vector<int32_t>{0});
-  }
-
-  int64_t layer_weights() const {
-    return int64_t{m_.hidden} * (2 * m_.heads + 2 * m_.kv_heads) * m_.head_size +
-           3 * int64_t{m_.hidden} * m_.intermediate;
-  }
-  int64_t kv_bytes() const { return 4LL * rows_ * context_ * m_.kv_heads * m_.head_size; }  // of a layer
-  int64_t weights() const { return weights_; }
-
-  /// The launch of one kernel with its weights at `offset` elements of all weights. Returns the weights'
-  /// elements.
-  int64_t qkv(int64_t offset, int layer, cudaStream_t s) {
-    const int64_t n = int64_t{m_.heads + 2 * m_.kv_heads} * m_.head_size;
-    FewRowLinear l = linear(offset, m_.hidden, {n}, hidden_, qkv_);
-    l.parts[0].bias = bias_ + n * layer;
-    l.gamma = gamma_ + 2 * layer * m_.hidden;
-    few_row_linear(l, s);
-    return n * m_.hidden;
-  }
-  void attention(int layer, cudaStream_t s) {
-    DecodeAttention a;
-    a.sequences = rows_;
-    a.heads = m_.heads;
-    a.kv_heads = m_.kv_heads;
-    a.head_size = m_.head_size;
-    a.scale = 1 / std::sqrt(float(m_.head_size));
-    a.qkv = qkv_;
-    a.cos = a.sin = cos_;
-    a.k_cache = caches_ + cache_ * 2 * layer;
-    a.v_cache = caches_ + cache_ * (2 * layer + 1);
-    a.block_size = kBlock;
-    a.block_tables = tables_;
-    a.table_width = width_;
-    a.max_context = width_ * kBlock;
-    a.blocks = blocks_;
-    a.slots = slots_;
-    a.seq_len = lengths_;
-    a.y = attended_;
-    a.fault = fault_;
-    decode_attention(a, s);
-  }
-  int64_t o(int64_t offset, int, cudaStream_t s) {
-    const int64_t k = int64_t{m_.heads} * m_.head_size;
-    FewRowLinear l = linear(offset, k, {m_.hidden}, attended_, hidden_);
-    l.residual = hidden_;
-    few_row_linear(l, s);
-    return k * m_.hidden;
-  }
-  int64_t gate_up(int64_t offset, int layer, cudaStream_t s) {
-    FewRowLinear l = linear(offset, m_.hidden, {2 * m_.intermediate}, hidden_, inner_);
-    l.gamma = gamma_ + (2 * layer + 1) * m_.hidden;
-    l.swiglu = true;
-    few_row_linear(l, s);
-    return 2LL * m_.hidden * m_.intermediate;
-  }
-  int64_t down(int64_t offset, int, cudaStream_t s) {
-    FewRowLinear l = linear(offset, m_.intermediate, {m_.hidden}, inner_, hidden_);
-    l.residual = hidden_;
-    few_row_linear(l, s);
-    return int64_t{m_.hidden} * m_.intermediate;
-  }
-  int64_t head(int64_t offset, int, cudaStream_t s) {
-    FewRowLinear l = linear(offset, m_.hidden, {m_.vocabulary}, hidden_, logits_);
-    l.gamma = gamma_ + 2 * m_.layers * m_.hidden;
-    few_row_linear(l, s);
-    return int64_t{m_.hidden} * m_.vocabulary;
-  }
-  void step(cudaStream_t s) {
-    int64_t at = 0;
-    for (int layer = 0; layer < m_.layers; ++layer) {
-      at += qkv(at, layer, s);
-      attention(layer, s);
-      at += o(at, layer, s);
-      at += gate_up(at, layer, s);
-      at += down(at, layer, s);
-    }
-    head(at, 0, s);
-  }
-
- private:
-  static constexpr int64_t kBlock = 128;
-
-  FewRowLinear linear(int64_t offset, int64_t k, std::vector<int64_t> n, const Bf16* x, Bf16* y) {
-    FewRowLinear l;
-    l.rows = rows_;
-    l.k = k;
-    for (const int64_t part : n) {
-      l.parts[l.part_count++] = {weight_ + offset, nullptr, part};
-      offset += part * k;
-    }
-    l.x = x;
-    l.epsilon = 1e-6f;
-    l.y = y;
-    l.workspace = workspace_;
-    return l;
-  }
-
-  Model m_;
-  int rows_, context_;
-  int64_t weights_, width_, blocks_, cache_;
-  Bf16 *weight_, *gamma_, *bias_, *hidden_, *qkv_, *attended_, *inner_, *logits_, *caches_, *cos_;
-  int32_t *tables_, *slots_, *lengths_, *fault_;
-  void* workspace_;
-};
 
 void report(const char* name, double us, double bytes) {
   std::printf("  %-10s %8.2f us %8.0f GB/s  %5.1f %% of the read rate\n", name, us, bytes / us * 1e-3,
               bytes / us * 1e8 / kReadRate);
 }
 
+using Bf16 = __nv_bfloat16;
+
 void time_model(const Model& model, int rows, int context) {
-  Stack stack(model, rows, context);
+  Stack<Bf16> stack(model, rows, context);
   std::printf("%s %d x %d\n", model.name, rows, context);
   {
     FewRowLinear l;
@@ -580,14 +320,14 @@ void time_model(const Model& model, int rows, int context) {
         10);
     std::printf("  tiny       %8.2f us\n", ms * 10);
   }
-  using Launch = int64_t (Stack::*)(int64_t, int, cudaStream_t);
-  const std::pair<const char*, Launch> kernels[] = {{"qkv", &Stack::qkv},
-                                                    {"o", &Stack::o},
-                                                    {"gate_up", &Stack::gate_up},
-                                                    {"down", &Stack::down},
-                                                    {"lm_head", &Stack::head}};
+  using Launch = int64_t (Stack<Bf16>::*)(int64_t, int, cudaStream_t);
+  const std::pair<const char*, Launch> kernels[] = {{"qkv", &Stack<Bf16>::qkv},
+                                                    {"o", &Stack<Bf16>::o},
+                                                    {"gate_up", &Stack<Bf16>::gate_up},
+                                                    {"down", &Stack<Bf16>::down},
+                                                    {"lm_head", &Stack<Bf16>::head}};
   for (const auto& [name, launch] : kernels) {
-    const bool head = launch == &Stack::head;
+    const bool head = launch == &Stack<Bf16>::head;
     const int count = head ? 4 : 2 * model.layers;
     int64_t elements = 0;
     const double ms = time_graph(

@@ -7,6 +7,7 @@
 
 #include "core/check.h"
 #include "core/environment.h"
+#include "device/cuda_layers.h"
 #include "device/cuda_staging.h"
 #include "graph/trace.h"
 #include "ops/read_memory.h"
@@ -129,6 +130,17 @@ void CudaSession::run_nodes(Plan& plan, const StepInfo& step, size_t begin, size
   }
 }
 
+// run_nodes, with the layers among the nodes in one launch if they can be.
+void CudaSession::run_layers(Plan& plan, StagedPlan& staged, const StepInfo& step, size_t begin, size_t end,
+                             cudaStream_t stream) {
+  std::optional<JoinedLayers> layers = join_layers(plan, {.step = &step, .stream = stream}, begin, end);
+  if (!layers) return run_nodes(plan, step, begin, end, stream);
+  run_nodes(plan, step, begin, layers->begin, stream);
+  layers->stack.state = staged.layer_state(decode_stack_state_bytes(layers->stack), device(), stream);
+  plan.name_errors(layers->begin, [&] { decode_stack(layers->stack, stream); });
+  run_nodes(plan, step, layers->end, end, stream);
+}
+
 void CudaSession::run(Plan& plan, const StepInfo& step) {
   follow_current_stream();
   if (plan.graph().can_pad) return run_staged(plan, step);
@@ -167,7 +179,12 @@ void CudaSession::run_staged(Plan& plan, const StepInfo& step) {
   const CudaGraph::Part parts[] = {
       {.launch = [&](cudaStream_t stream) { staged.launch(stream); }},
       // Kernels look at what was staged while those in front of them still run.
-      {.launch = [&](cudaStream_t stream) { run_nodes(plan, padded, begin, end, stream); }, .waits = true},
+      {.launch =
+           [&](cudaStream_t stream) {
+             if (one_by_one) return run_nodes(plan, padded, begin, end, stream);
+             run_layers(plan, staged, padded, begin, end, stream);
+           },
+       .waits = true},
       {.launch = [&](cudaStream_t stream) { run_nodes(plan, padded, end, plan.node_count(), stream); }},
   };
   if (one_by_one || !replay(plan, staged, parts)) {

@@ -82,11 +82,11 @@ class StagedPlan;
 /// The stream is read at every step. After a switch the new stream waits, on the device, for what the object
 /// launched on the old one. A plan whose graph says can_pad runs at the sizes of its bucket, as one captured
 /// graph of three parts: a launch that copies the step's inputs into static buffers, pads them and gathers
-/// the rows of tables that they name; the nodes; and those that write outputs, straight into the caller's
-/// tensors where these have the bucket's rows. The first part is updated in every step, the last where the
-/// outputs are elsewhere than in the step before. Tables, weights and caches are captured by address; a step
-/// that brings others captures anew. Under the caller's own capture, a profiler, MODELTORCH_TRACE or
-/// MODELTORCH_BLOCKING the same nodes are launched one by one.
+/// the rows of tables that they name; the nodes, all layers in one launch where that is faster; and those
+/// that write outputs, straight into the caller's tensors where these have the bucket's rows. The first part
+/// is updated in every step, the last where the outputs are elsewhere than in the step before. Tables,
+/// weights and caches are captured by address; a step that brings others captures anew. Under the caller's
+/// own capture, a profiler, MODELTORCH_TRACE or MODELTORCH_BLOCKING the same nodes are launched one by one.
 class CudaSession final : public DeviceSession {
  public:
   explicit CudaSession(Device device);
@@ -118,6 +118,8 @@ class CudaSession final : public DeviceSession {
   bool is_capturing(cudaStream_t stream) const;
   size_t measure(std::span<const Way> ways, cudaStream_t stream);
   void run_nodes(Plan& plan, const StepInfo& step, size_t begin, size_t end, cudaStream_t stream);
+  void run_layers(Plan& plan, StagedPlan& staged, const StepInfo& step, size_t begin, size_t end,
+                  cudaStream_t stream);
   void run_staged(Plan& plan, const StepInfo& step);
   std::vector<Output> bind_outputs(Plan& plan);
   void copy_outputs(Plan& plan, std::span<const Output> outputs);

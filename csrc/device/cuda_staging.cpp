@@ -71,6 +71,7 @@ void StagedPlan::stage(Plan& plan, const StepInfo& padded, Device device, cudaSt
     input_bytes_ = bytes;
   } else if (stream_ != stream) {
     inputs_->use_on_current_stream();
+    if (layer_state_) layer_state_->use_on_current_stream();
   }
   stream_ = stream;
   now_.inputs = inputs_->data();
@@ -103,6 +104,16 @@ size_t StagedPlan::take_gathers(Plan& plan, int32_t* fault) {
                                              .fault = fault};
   }
   return taken;
+}
+
+void* StagedPlan::layer_state(size_t bytes, Device device, cudaStream_t stream) {
+  if (!layer_state_ || bytes > layer_state_bytes_) {
+    layer_state_.reset();
+    layer_state_ = cuda_host().allocate(bytes, device.index);
+    layer_state_bytes_ = bytes;
+    check_cuda(cudaMemsetAsync(layer_state_->data(), 0xff, bytes, stream), "cudaMemsetAsync");
+  }
+  return layer_state_->data();
 }
 
 CudaGraph* StagedPlan::graph() {

@@ -32,6 +32,10 @@ class StagedPlan final : public Plan::SessionState {
 
   void launch(cudaStream_t stream) const { stage_rows(stage_, stream); }
 
+  /// The state of the plan's layers as one launch (ops/decode_stack.h), larger where wider block tables need
+  /// more. While `stream` is captured, not for the first time at a size.
+  void* layer_state(size_t bytes, Device device, cudaStream_t stream);
+
   /// The graph, if it was captured with all that the plan is bound to now but the outputs.
   CudaGraph* graph();
   void keep(std::unique_ptr<CudaGraph> graph, int64_t bytes);
@@ -56,6 +60,8 @@ class StagedPlan final : public Plan::SessionState {
 
   HeldGraphs& held_;
   CudaMemoryPtr inputs_;
+  CudaMemoryPtr layer_state_;
+  size_t layer_state_bytes_ = 0;
   size_t input_bytes_ = 0;
   cudaStream_t stream_ = nullptr;  ///< the last one that the memory was used on
   std::vector<int64_t> widths_;    ///< columns that each staged input has room for

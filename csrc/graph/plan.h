@@ -94,6 +94,10 @@ class Plan {
   };
   std::unique_ptr<SessionState>& session_state() { return session_state_; }
 
+  /// A node's kernel, and what run_node gives it.
+  const Kernel& kernel(size_t index) const { return *runs_[index].kernel; }
+  KernelArgs args(size_t index, const NodeLaunch& launch) const { return args_of(runs_[index], launch); }
+
   /// Kernel::prepare of a node. Throws Error naming the node.
   void prepare_node(size_t index, const NodeLaunch& launch);
 

@@ -58,14 +58,15 @@ struct Place {
   int split, kv_head, head, heads, sequence;  // head: the first of `heads` query heads
   int length, cached;                         // context, and how much of it lies in the cache
 
-  __device__ Place(const DecodeAttentionParams& p) {
-    split = blockIdx.x;
+  __device__ explicit Place(const DecodeAttentionParams& p)
+      : Place(p, blockIdx.x, blockIdx.y / p.head_tiles, blockIdx.y % p.head_tiles, blockIdx.z) {}
+
+  /// `tile`: which sixteen of the query heads of `kv_head`.
+  __device__ Place(const DecodeAttentionParams& p, int split, int kv_head, int tile, int sequence)
+      : split(split), kv_head(kv_head), sequence(sequence) {
     const int group = p.heads / p.kv_heads;
-    kv_head = blockIdx.y / p.head_tiles;
-    const int tile = blockIdx.y % p.head_tiles;
     head = kv_head * group + tile * kDecodeHeads;
     heads = min(kDecodeHeads, group - tile * kDecodeHeads);
-    sequence = blockIdx.z;
     length = p.seq_len[sequence];
     const int64_t room = p.table_width * p.block_size;
     if (length > room || length < 0) {
@@ -108,12 +109,11 @@ __device__ __forceinline__ void load_tile(const DecodeAttentionParams& p, const 
   }
 }
 
-/// Eight elements of both halves of a head, rotated: x * cos + cat(-x2, x1) * sin.
+/// Eight elements of both halves of a head, rotated: x * cos + cat(-x2, x1) * sin. cos and sin: of either
+/// half.
 template <class T>
-__device__ __forceinline__ void rotate(uint4& low, uint4& high, const T* cos, const T* sin, int half) {
-  auto load = [](const T* from) { return __ldcg(reinterpret_cast<const uint4*>(from)); };
-  const uint4 cos_low = load(cos), cos_high = load(cos + half), sin_low = load(sin),
-              sin_high = load(sin + half);
+__device__ __forceinline__ void rotate(uint4& low, uint4& high, const uint4 (&cos)[2],
+                                       const uint4 (&sin)[2]) {
   auto turn = [](uint32_t& a, uint32_t& b, uint32_t ca, uint32_t cb, uint32_t sa, uint32_t sb) {
     const float2 x = ptx::unpack<T>(a), y = ptx::unpack<T>(b);
     const float2 cx = ptx::unpack<T>(ca), cy = ptx::unpack<T>(cb), sx = ptx::unpack<T>(sa),
@@ -121,10 +121,10 @@ __device__ __forceinline__ void rotate(uint4& low, uint4& high, const T* cos, co
     a = ptx::pack<T>(x.x * cx.x - y.x * sx.x, x.y * cx.y - y.y * sx.y);
     b = ptx::pack<T>(y.x * cy.x + x.x * sy.x, y.y * cy.y + x.y * sy.y);
   };
-  turn(low.x, high.x, cos_low.x, cos_high.x, sin_low.x, sin_high.x);
-  turn(low.y, high.y, cos_low.y, cos_high.y, sin_low.y, sin_high.y);
-  turn(low.z, high.z, cos_low.z, cos_high.z, sin_low.z, sin_high.z);
-  turn(low.w, high.w, cos_low.w, cos_high.w, sin_low.w, sin_high.w);
+  turn(low.x, high.x, cos[0].x, cos[1].x, sin[0].x, sin[1].x);
+  turn(low.y, high.y, cos[0].y, cos[1].y, sin[0].y, sin[1].y);
+  turn(low.z, high.z, cos[0].z, cos[1].z, sin[0].z, sin[1].z);
+  turn(low.w, high.w, cos[0].w, cos[1].w, sin[0].w, sin[1].w);
 }
 
 /// Rotates this block's query heads into shared memory. The last block of a cluster does the same with the
@@ -157,7 +157,14 @@ __device__ __forceinline__ void fetch_new_token(const DecodeAttentionParams& p, 
         row + static_cast<int64_t>(key ? p.heads + place.kv_head : place.head + head) * kD + column;
     uint4 low = __ldcg(reinterpret_cast<const uint4*>(from));
     uint4 high = __ldcg(reinterpret_cast<const uint4*>(from + kHalf));
-    rotate(low, high, cos + column, sin + column, kHalf);
+    auto halves = [&](const T* from, uint4(&to)[2]) {
+      to[0] = __ldcg(reinterpret_cast<const uint4*>(from + column));
+      to[1] = __ldcg(reinterpret_cast<const uint4*>(from + column + kHalf));
+    };
+    uint4 turn_cos[2], turn_sin[2];
+    halves(cos, turn_cos);
+    halves(sin, turn_sin);
+    rotate<T>(low, high, turn_cos, turn_sin);
     char* to =
         shared + (key ? Shape::kNewKeyOffset : Shape::kQueryOffset + head * Shape::kPitch) + column * 2;
     vector(to) = low;

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <bit>
+#include <optional>
 
+#include "device/cuda_layers.h"
 #include "ops/cuda_kernel.cuh"
 #include "ops/elementwise.h"
 #include "ops/few_row_linear.h"
@@ -26,7 +28,7 @@ struct Tensors {
   std::vector<LinearProducts::Part> parts;
 };
 
-class FusedLinearCuda final : public CudaKernel<FusedLinear> {
+class FusedLinearCuda final : public CudaKernel<FusedLinear>, public HasDecodeTask {
  public:
   explicit FusedLinearCuda(const KernelSetup& setup) : CudaKernel(setup) {
     const Dims& x = setup.inputs[0].dims;
@@ -75,14 +77,19 @@ class FusedLinearCuda final : public CudaKernel<FusedLinear> {
     session_.run_fastest(key_, ways, args.stream);
   }
 
+  DecodeTask decode_task(const KernelArgs& args) const override {
+    const std::optional<FewRowLinear> linear = few_rows(tensors_of(args), args);
+    return linear ? DecodeTask(*linear) : DecodeTask();
+  }
+
  private:
   static constexpr int64_t kFewRows = 128;
   static constexpr int64_t kMeasuredRows = 8;
 
-  // In one launch, if there is a kernel for it.
-  bool run_few_rows(const Tensors& tensors, const KernelArgs& args) {
+  // As a launch of few_row_linear, if that can do it.
+  std::optional<FewRowLinear> few_rows(const Tensors& tensors, const KernelArgs& args) const {
     const int64_t rows = tensors.x->dims[0];
-    if (rows > kFewRows || tensors.parts.size() > 3) return false;
+    if (rows > kFewRows || tensors.parts.size() > 3) return std::nullopt;
     FewRowLinear linear{.dtype = dtype_,
                         .rows = rows,
                         .k = tensors.x->dims[1],
@@ -94,12 +101,16 @@ class FusedLinearCuda final : public CudaKernel<FusedLinear> {
                         .y = tensors.y->data,
                         .workspace = args.workspace};
     for (const LinearProducts::Part& part : tensors.parts) {
-      if (!part.transposed) return false;
+      if (!part.transposed) return std::nullopt;
       linear.parts[linear.part_count++] = {part.weight, part.bias, part.n};
     }
-    if (!few_row_linear_fits(linear)) return false;
-    few_row_linear(linear, args.stream);
-    return true;
+    return few_row_linear_fits(linear) ? std::optional(linear) : std::nullopt;
+  }
+
+  bool run_few_rows(const Tensors& tensors, const KernelArgs& args) {
+    const std::optional<FewRowLinear> linear = few_rows(tensors, args);
+    if (linear) few_row_linear(*linear, args.stream);
+    return linear.has_value();
   }
 
   Tensors tensors_of(const KernelArgs& args) const {

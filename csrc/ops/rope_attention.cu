@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "device/cuda_layers.h"
 #include "ops/cuda_kernel.cuh"
 #include "ops/decode_attention.h"
 #include "ops/decode_launch.cuh"
@@ -81,7 +82,7 @@ int threads_for(int64_t items) {
       std::clamp<int64_t>((items + kWarpSize - 1) / kWarpSize * kWarpSize, kWarpSize, kMostThreads));
 }
 
-class RopeAttentionCuda final : public CudaKernel<RopeAttention> {
+class RopeAttentionCuda final : public CudaKernel<RopeAttention>, public HasDecodeTask {
  public:
   explicit RopeAttentionCuda(const KernelSetup& setup) : CudaKernel(setup) {
     const int64_t rows = setup.inputs[0].dims[0];
@@ -111,31 +112,39 @@ class RopeAttentionCuda final : public CudaKernel<RopeAttention> {
 
   size_t workspace_bytes() const override { return workspace_bytes_; }
 
+  DecodeTask decode_task(const KernelArgs& args) const override {
+    return op_.is_paged ? DecodeTask(decode_attention_of(args)) : DecodeTask();
+  }
+
  private:
+  DecodeAttention decode_attention_of(const KernelArgs& args) const {
+    const TensorView& cache = args.in(3);
+    return {.dtype = dtype_,
+            .sequences = args.in(0).dims[0],
+            .heads = static_cast<int>(op_.shape.heads),
+            .kv_heads = static_cast<int>(op_.shape.kv_heads),
+            .head_size = static_cast<int>(op_.shape.head_size),
+            .scale = op_.shape.scale,
+            .qkv = args.in(0).data,
+            .cos = args.in(1).data,
+            .sin = args.in(2).data,
+            .k_cache = cache.data,
+            .v_cache = args.in(4).data,
+            .block_size = cache.dims[1],
+            .block_tables = args.in(7).as<const int32_t>(),
+            .table_width = args.in(7).dims[1],
+            .blocks = cache.dims[0],
+            .slots = args.in(5).as<const int32_t>(),
+            .seq_len = args.in(6).as<const int32_t>(),
+            .y = args.out(0).data,
+            .max_context = args.in(7).dims[1] * cache.dims[1],
+            .workspace = args.workspace,
+            .fault = session_.fault(CudaFault::kBlock)};
+  }
+
   // Everything in one launch, if there is a kernel for it.
   bool decode(const KernelArgs& args) {
-    const TensorView& cache = args.in(3);
-    const DecodeAttention attention{.dtype = dtype_,
-                                    .sequences = args.in(0).dims[0],
-                                    .heads = static_cast<int>(op_.shape.heads),
-                                    .kv_heads = static_cast<int>(op_.shape.kv_heads),
-                                    .head_size = static_cast<int>(op_.shape.head_size),
-                                    .scale = op_.shape.scale,
-                                    .qkv = args.in(0).data,
-                                    .cos = args.in(1).data,
-                                    .sin = args.in(2).data,
-                                    .k_cache = cache.data,
-                                    .v_cache = args.in(4).data,
-                                    .block_size = cache.dims[1],
-                                    .block_tables = args.in(7).as<const int32_t>(),
-                                    .table_width = args.in(7).dims[1],
-                                    .blocks = cache.dims[0],
-                                    .slots = args.in(5).as<const int32_t>(),
-                                    .seq_len = args.in(6).as<const int32_t>(),
-                                    .y = args.out(0).data,
-                                    .max_context = args.in(7).dims[1] * cache.dims[1],
-                                    .workspace = args.workspace,
-                                    .fault = session_.fault(CudaFault::kBlock)};
+    const DecodeAttention attention = decode_attention_of(args);
     if (!decode_attention_fits(attention)) return false;
     decode_attention(attention, args.stream);
     return true;
