@@ -21,9 +21,7 @@ from modeltorch.flash_causal_qwen2 import FlashQwen2ForCausalLM
 SHAPE = Shape(tied=True, vocab=152)
 SEQUENCES = [[5, 9, 2, 77, 31, 8, 150, 0], [3], list(range(60, 100))]
 FOLDER = ".modeltorch"
-packs = pytest.mark.skipif(
-    torch.ops.ModelTorch.cpu_level() not in ("avx512_bf16", "amx"), reason="this processor level packs nothing"
-)
+packs = pytest.mark.skipif(torch.ops.ModelTorch.cpu_level() == "generic", reason="this processor level packs nothing")
 
 
 @pytest.fixture(autouse=True)
@@ -180,13 +178,13 @@ def test_two_processes_at_once_both_run_and_leave_whole_files(folder):
 
 @packs
 def test_levels_share_files_if_and_only_if_they_share_the_layout(folder):
-    read, written, answer = finished(started(folder, MODELTORCH_CPU_LEVEL="avx2"))
+    read, written, _ = finished(started(folder, MODELTORCH_CPU_LEVEL="generic"))
     assert (read, written) == (0, 0), "this level packs nothing"
     assert not (folder / FOLDER).exists()
-    _, written, answer = finished(started(folder, MODELTORCH_CPU_LEVEL="avx512_bf16"))
+    _, written, _ = finished(started(folder, MODELTORCH_CPU_LEVEL="avx2"))
     assert written > 0
-    assert finished(started(folder, MODELTORCH_CPU_LEVEL="avx2"))[:2] == (0, 0)
-    assert finished(started(folder)) == (written, 0, answer)
+    assert finished(started(folder, MODELTORCH_CPU_LEVEL="generic"))[:2] == (0, 0)
+    assert finished(started(folder))[:2] == (written, 0)
 
 
 @packs
@@ -270,7 +268,7 @@ def test_the_command_line_keeps_packed_weights_too(folder, capsys):
     cli.main(command)
     assert cli.main(["bench", "--cache-packed"]) == 2
     assert "--cache-packed needs --model" in capsys.readouterr().err
-    packed = torch.ops.ModelTorch.cpu_level() in ("avx512_bf16", "amx")
+    packed = torch.ops.ModelTorch.cpu_level() != "generic"
     assert (folder / FOLDER).exists() == packed
 
 

@@ -9,6 +9,9 @@ namespace modeltorch {
 
 #if defined(__x86_64__)
 
+namespace level_avx2 {
+extern const PanelKernels kPanelKernels;
+}
 namespace level_avx512_bf16 {
 extern const PanelKernels kPanelKernels;
 }
@@ -19,6 +22,7 @@ const PanelKernels& panel_kernels();
 const PanelKernels* panel_kernels() {
   if (cpu_level() >= CpuLevel::kAmx) return &level_amx::panel_kernels();
   if (cpu_level() >= CpuLevel::kAvx512Bf16) return &level_avx512_bf16::kPanelKernels;
+  if (cpu_level() >= CpuLevel::kAvx2) return &level_avx2::kPanelKernels;
   return nullptr;
 }
 
