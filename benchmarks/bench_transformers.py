@@ -54,6 +54,7 @@ def my_prefill(subject: Subject, length: int) -> Callable[[], Any]:
     """The same through the engine."""
     engine = Engine(subject.model)
     request = Request(torch.randint(0, subject.model.vocab_size, (length,)).tolist(), 1)
+    engine.check(request)
     request.blocks = engine.cache.allocate(engine.cache.blocks_needed(length))
     return lambda: engine.prefill_step([request])
 

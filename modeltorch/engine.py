@@ -53,7 +53,9 @@ class Request:
     new_tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     finish_reason: str = ""
-    prompt_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    prompt_ids: torch.Tensor = field(
+        default_factory=lambda: torch.empty(0, dtype=torch.int64), compare=False, repr=False
+    )
 
     @property
     def limit(self) -> int:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,24 @@ def test_all_layers_of_few_rows_in_one_launch_equal_the_cpu(dtype):
     seen = counters(gpu)
     assert seen["captures"] >= 4  # of 1, 2, 4 and 8 rows
     assert seen["captures"] + seen["replays"] == 16
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert seen["joined_layers"] == SHAPE.layers
+
+
+def test_layers_in_one_launch_share_out_a_context_that_grows():
+    shape = replace(SHAPE, max_positions=1024)
+    model = random_model(shape)
+    gpu, cpu = (Runner(shape, model, torch.bfloat16, device, blocks=96) for device in ("cuda", "cpu"))
+    for runner in (gpu, cpu):
+        runner.prefill([[n % 50 for n in range(length)] for length in (120, 700, 1)])
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for step in range(12):
+        chosen = {step % 3: 5 + step}
+        torch.cuda.synchronize()
+        with torch.cuda.stream(streams[step % 2]):
+            logits = gpu.decode(chosen)
+        torch.cuda.synchronize()
+        assert relative_error(logits.cpu(), cpu.decode(chosen)) < 2e-2
 
 
 def test_outputs_of_the_caller_are_written_with_and_without_padding():

@@ -94,6 +94,7 @@ std::map<std::string, int64_t> CudaSession::counters() const {
   return {{"captures", captures_},
           {"replays", replays_},
           {"captured_graphs", held_.graphs},
+          {"joined_layers", joined_layers_},
           {"captured_bytes", held_.bytes + static_cast<int64_t>(output_bytes_)}};
 }
 
@@ -134,6 +135,7 @@ void CudaSession::run_nodes(Plan& plan, const StepInfo& step, size_t begin, size
 void CudaSession::run_layers(Plan& plan, StagedPlan& staged, const StepInfo& step, size_t begin, size_t end,
                              cudaStream_t stream) {
   std::optional<JoinedLayers> layers = join_layers(plan, {.step = &step, .stream = stream}, begin, end);
+  joined_layers_ = layers ? static_cast<int64_t>(layers->stack.layers.size()) : 0;
   if (!layers) return run_nodes(plan, step, begin, end, stream);
   run_nodes(plan, step, begin, layers->begin, stream);
   layers->stack.state = staged.layer_state(decode_stack_state_bytes(layers->stack), device(), stream);

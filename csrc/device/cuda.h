@@ -138,6 +138,7 @@ class CudaSession final : public DeviceSession {
   std::map<std::vector<int64_t>, size_t> fastest_;  ///< way, by key
   int64_t captures_ = 0;
   int64_t replays_ = 0;
+  int64_t joined_layers_ = 0;  ///< that the last captured step has in one launch
   HeldGraphs held_;
 };
 

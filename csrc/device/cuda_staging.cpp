@@ -66,12 +66,12 @@ void StagedPlan::stage(Plan& plan, const StepInfo& padded, Device device, cudaSt
     view.dims[0] = part.padded_rows;
     staged_.push_back(value);
   }
+  if (layer_state_ && stream_ != stream) layer_state_->use_on_current_stream();
   if (bytes > input_bytes_ || !inputs_) {
     inputs_ = cuda_host().allocate(bytes, device.index);
     input_bytes_ = bytes;
   } else if (stream_ != stream) {
     inputs_->use_on_current_stream();
-    if (layer_state_) layer_state_->use_on_current_stream();
   }
   stream_ = stream;
   now_.inputs = inputs_->data();
@@ -124,7 +124,7 @@ void StagedPlan::keep(std::unique_ptr<CudaGraph> graph, int64_t bytes) {
   drop();
   graph_ = std::move(graph);
   captured_ = now_;
-  bytes_ = bytes + static_cast<int64_t>(input_bytes_);
+  bytes_ = bytes + static_cast<int64_t>(input_bytes_ + layer_state_bytes_);
   held_.bytes += bytes_;
   ++held_.graphs;
 }

@@ -48,6 +48,7 @@ StackLinear plan_linear(int64_t k, int64_t units, int blocks, int sides, int pas
 /// Parts of the context. A warp loads two tiles of its part ahead. Of many rows the parts are longer: blocks
 /// that have attention have less room for weights.
 int split_count(const DecodeStack& stack, int blocks) {
+  if (stack.rows * stack.heads > blocks) return 1;  // nobody could join them
   const int64_t work = stack.rows * stack.kv_heads;
   const int64_t tokens = stack.rows <= 2 ? 130 : 320;
   int splits = 1;

@@ -13,7 +13,10 @@ constexpr int kThreads = 128;
 template <class W>
 __global__ void __launch_bounds__(kThreads)
     gather_kernel(const W* table, const int64_t* indices, int64_t count, int64_t size, W* y, int32_t* fault) {
-  ptx::begin_behind_the_kernel_in_front();
+  // In this order: it is often the first kernel of a step, and those behind it begin to read weights, lengths
+  // and block tables that what was launched before the step may still be writing.
+  ptx::wait_for_dependencies();
+  ptx::launch_dependents();
   const int64_t row = blockIdx.x;
   const int64_t index = indices[row];
   const bool known = index >= 0 && index < count;

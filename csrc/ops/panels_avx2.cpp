@@ -20,6 +20,7 @@ namespace {
 
 constexpr int64_t kTileRows = 3;
 constexpr int64_t kTilePanels = 2;
+constexpr int64_t kRowPanels = 4;                       // of one row at a time
 constexpr int64_t kVecs = kPanelRows / kLanes;          // of a panel
 constexpr int64_t kPrefetchElements = 32 * kPanelRows;  // how far ahead weights are asked of the memory
 
@@ -140,7 +141,10 @@ struct SwiGluSink {
   void finish(const PanelProduct&, int64_t row, int64_t panel, const Vec (&acc)[R][P * kVecs]) const {
     for (int64_t r = 0; r < R; ++r) {
       BFloat16* to = y + (row + r) * stride + panel / 2 * kPanelRows;
-      for (int64_t v = 0; v < kVecs; ++v) store(to + v * kLanes, swiglu_of(acc[r][v], acc[r][kVecs + v]));
+      for (int64_t p = 0; p < P; p += 2, to += kPanelRows) {
+        const Vec* gate = acc[r] + p * kVecs;
+        for (int64_t v = 0; v < kVecs; ++v) store(to + v * kLanes, swiglu_of(gate[v], gate[kVecs + v]));
+      }
     }
   }
 };
@@ -165,6 +169,9 @@ template <class Sink>
 inline void run_product(const PanelProduct& product, const Sink& sink) {
   const int64_t panels = (product.n + kPanelRows - 1) / kPanelRows;
   int64_t panel = 0;
+  // One row waits for memory alone, which answers more streams faster.
+  for (; product.m == 1 && panel + kRowPanels <= panels; panel += kRowPanels)
+    run_tile<1, kRowPanels>(product, sink, 0, panel);
   for (; panel + kTilePanels <= panels; panel += kTilePanels) run_panels<kTilePanels>(product, sink, panel);
   for (; panel < panels; panel += Sink::kStep) run_panels<Sink::kStep>(product, sink, panel);
 }
