@@ -13,7 +13,7 @@ from modeltorch.subject import Subject
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import bench_transformers  # noqa: E402
+import bench_transformers
 
 
 def test_its_prefill_and_its_decode_step_choose_a_token_a_sequence():

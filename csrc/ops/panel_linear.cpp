@@ -51,7 +51,9 @@ PanelLinear::Cut PanelLinear::cut(int64_t rows) const {
 // Sums of the groups of a product, or of all if other columns come between the passes over one.
 int64_t PanelLinear::sums_per_thread(const Cut& cut) const {
   if (weight_->k <= cut.summands) return 0;
-  return cut.rows * kGroupColumns * (cut.resident < weight_->k ? groups() : cut.groups);
+  // The last run of groups of a part may be shorter, but its rows lie as far apart.
+  const int64_t all = ceil_div(groups(), cut.groups) * cut.groups;
+  return cut.rows * kGroupColumns * (cut.resident < weight_->k ? all : cut.groups);
 }
 
 int64_t PanelLinear::tiles_per_thread(const Cut& cut) const {
@@ -65,12 +67,10 @@ size_t PanelLinear::scratch_bytes(int64_t rows) const {
          static_cast<size_t>(tiles_per_thread(cut)) * sizeof(BFloat16);
 }
 
-// Fewer rows than there is room for may be cut into longer blocks. Between multiples of kBlockStep nothing
-// grows.
+// Fewer rows than there is room for may be cut into blocks that need more.
 size_t PanelLinear::workspace_bytes() const {
   size_t most = 0;
-  for (int64_t rows = ceil_div(rows_, kBlockStep) * kBlockStep; rows > 0; rows -= kBlockStep)
-    most = std::max(most, scratch_bytes(rows));
+  for (int64_t rows = rows_; rows > 0; --rows) most = std::max(most, scratch_bytes(rows));
   return static_cast<size_t>(threads_) * most;
 }
 

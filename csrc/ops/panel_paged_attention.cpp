@@ -73,7 +73,9 @@ void PanelPagedAttention::run(const KernelArgs& args) {
         const int64_t each = (length + parts - 1) / parts;
         const int64_t first = std::min(length, item % parts * each);
         const int64_t last = std::min(length, first + each);
-        const int64_t owner = std::min(threads_ - 1, before * threads_ / std::max<int64_t>(1, total));
+        // By the middle of its keys: equal shares end between tasks, or nearly there.
+        const int64_t middle = 2 * before + last - first;
+        const int64_t owner = std::min(threads_ - 1, middle * threads_ / std::max<int64_t>(1, 2 * total));
         before += last - first;
         if (owner != thread) continue;
         attend(args, task, first, last, State(states + item * state_floats(), shape_),

@@ -128,12 +128,17 @@ TEST(packed_linear_matches_plain_loops) {
     // Some tens of rows, whose sums are taken in parts over several groups of columns at a time.
     for (const int64_t rows : {9, 32, 33, 64, 65})
       check_linear(random, DType::kBFloat16, rows, 902, {{338, true, true}});
+    // So many summands that they are taken in passes over all columns, with blocks of no whole number of
+    // tiles.
+    for (const int64_t rows : {33, 64})
+      check_linear(random, DType::kBFloat16, rows, 14464, {{130, true, true}});
+    check_linear(random, DType::kBFloat16, 97, 8960, {{66, true, false}});
     // Columns enough for rows to be copied into tiles, whole and with a part of a tile of summands behind.
     for (const int64_t rows : {65, 96, 193})
       check_linear(random, DType::kBFloat16, rows, 94, {{3202, true, true}});
   });
   const bool has_panels = panel_kernels() != nullptr;
-  expect(packed_runs == (has_panels ? 2 * (16 * 5 * 6 + 14) : 0), "packed runs: ", packed_runs);
+  expect(packed_runs == (has_panels ? 2 * (16 * 5 * 6 + 17) : 0), "packed runs: ", packed_runs);
 }
 
 // Gate and up as one weight and as two; halves that are whole panels, and others. Returns gated packed
