@@ -69,8 +69,13 @@ def decode_bytes(model: FlashQwen2ForCausalLM, batch: int, context: int) -> int:
 
 
 def prefill_flops(model: FlashQwen2ForCausalLM, lengths: Sequence[int]) -> int:
-    """Operations of a prefill: linears, causal attention, and the lm_head for one row a sequence."""
-    linears = 2 * sum(lengths) * model.num_layers * sum(n * k for n, k in _linear_shapes(model))
+    """Operations of a prefill: linears, causal attention, and the lm_head for one row a sequence.
+
+    Behind the attention of the last layer, too, only those rows are needed.
+    """
+    qkv, *others = (n * k for n, k in _linear_shapes(model))
+    rows = sum(lengths)
+    linears = 2 * (rows * model.num_layers * qkv + (rows * (model.num_layers - 1) + len(lengths)) * sum(others))
     pairs = sum(length * (length + 1) // 2 for length in lengths)
     attention = 4 * pairs * model.num_heads * model.head_size * model.num_layers
     return linears + attention + 2 * len(lengths) * model.vocab_size * model.hidden_size

@@ -53,15 +53,17 @@ class QwenGraph {
   const DecoderShape& shape_;
   GraphBuilder graph_;
   std::map<std::string, Value> weights_;
-  Value cos_, sin_, slots_, seq_len_, block_tables_;
+  Value cos_, sin_, slots_, seq_len_, block_tables_, logits_indices_;
 };
 
 /// hidden + o(attention(rope(qkv(norm(hidden)))))
 ///
-/// | tensor | shape       | note                                                     |
-/// |--------|-------------|----------------------------------------------------------|
-/// | hidden | [n, hidden] |                                                          |
-/// | caches |             | the keys and values of the step are written at its slots |
+/// | tensor | shape          | note                                                                      |
+/// |--------|----------------|---------------------------------------------------------------------------|
+/// | hidden | [n, hidden]    |                                                                           |
+/// | caches |                | the keys and values of the step are written at its slots                  |
+/// | result | [rows, hidden] | all n; of a prefill's last layer only those whose logits are asked for,   |
+/// |        |                | since no token reads another behind the last attention                    |
 Value QwenGraph::attention(Value hidden, int64_t layer) {
   const GraphBuilder::Scope scope(graph_, "attn");
   const LayerPacking& packing = parameters_.packing[layer];
@@ -83,10 +85,13 @@ Value QwenGraph::attention(Value hidden, int64_t layer) {
                              .kv_heads = shape_.kv_heads,
                              .head_size = shape_.head_size,
                              .scale = 1.0f / std::sqrt(static_cast<float>(shape_.head_size))};
-  const Value attended =
-      parameters_.is_prefill
-          ? self_attention(graph_, rotated.q, rotated.k, heads.v, seq_len_, shape)
-          : paged_attention(graph_, rotated.q, k_cache, v_cache, block_tables_, seq_len_, shape);
+  Value attended = parameters_.is_prefill
+                       ? self_attention(graph_, rotated.q, rotated.k, heads.v, seq_len_, shape)
+                       : paged_attention(graph_, rotated.q, k_cache, v_cache, block_tables_, seq_len_, shape);
+  if (parameters_.is_prefill && layer == shape_.layers - 1) {
+    attended = gather_rows(graph_, "attended_rows", attended, logits_indices_);
+    hidden = gather_rows(graph_, "hidden_rows", hidden, logits_indices_);
+  }
   return add(graph_, hidden, linear(graph_, "o", attended, {part(name + "o", transposed[3])}));
 }
 
@@ -115,13 +120,14 @@ Graph QwenGraph::build() {
       shape_.has_embedding ? gather_rows(graph_, "embedding", weights_.at("embedding.weight"), ids) : ids;
   cos_ = gather_rows(graph_, "cos", input(DecoderInput::kCosTable, "cos_table"), positions);
   sin_ = gather_rows(graph_, "sin", input(DecoderInput::kSinTable, "sin_table"), positions);
-  if (!parameters_.is_prefill) block_tables_ = input(DecoderInput::kBlockTables, "block_tables");
+  if (parameters_.is_prefill) {
+    logits_indices_ = input(DecoderInput::kLogitsIndices, "logits_indices");
+  } else {
+    block_tables_ = input(DecoderInput::kBlockTables, "block_tables");
+  }
   for (int64_t layer = 0; layer < shape_.layers; ++layer) {
     const GraphBuilder::Scope scope(graph_, "layers." + std::to_string(layer));
     hidden = mlp(attention(hidden, layer), layer);
-  }
-  if (parameters_.is_prefill) {
-    hidden = gather_rows(graph_, "logit_rows", hidden, input(DecoderInput::kLogitsIndices, "logits_indices"));
   }
   const Value normed = rms_norm(graph_, hidden, weights_.at("final_norm.weight"), parameters_.epsilon);
   graph_.mark_output(linear(graph_, "lm_head", normed, {part("lm_head", shape_.head_transposed)}), "logits",

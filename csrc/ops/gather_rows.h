@@ -4,8 +4,8 @@
 
 namespace modeltorch {
 
-/// Rows of a table by index: y[i] = table[indices[i]]. The word embedding, and the rows that lm_head
-/// computes.
+/// Rows of a table by index: y[i] = table[indices[i]]. The word embedding, and the rows whose logits are
+/// asked for.
 ///
 /// | tensor  | shape         | dtype | note                                          |
 /// |---------|---------------|-------|-----------------------------------------------|
