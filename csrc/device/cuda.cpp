@@ -5,6 +5,7 @@
 #include <limits>
 #include <utility>
 
+#include "core/arithmetic.h"
 #include "core/check.h"
 #include "core/environment.h"
 #include "device/cuda_layers.h"
@@ -20,10 +21,6 @@ CudaHost installed_host;
 const bool registered = register_session(
     DeviceType::kCuda,
     [](Device device) -> std::unique_ptr<DeviceSession> { return std::make_unique<CudaSession>(device); });
-
-size_t aligned(size_t bytes) {
-  return (bytes + 255) / 256 * 256;
-}
 
 }  // namespace
 
@@ -196,6 +193,14 @@ void CudaSession::run_staged(Plan& plan, const StepInfo& step) {
   copy_outputs(plan, outputs);
 }
 
+namespace {
+
+size_t output_room(const TensorDesc& desc) {
+  return static_cast<size_t>(round_up(static_cast<int64_t>(desc.bytes()), 256));
+}
+
+}  // namespace
+
 // Lets the nodes write to memory with all rows of the bucket: the caller's, if it has them, else our own.
 std::vector<CudaSession::Output> CudaSession::bind_outputs(Plan& plan) {
   std::vector<Output> outputs;
@@ -203,7 +208,7 @@ std::vector<CudaSession::Output> CudaSession::bind_outputs(Plan& plan) {
   for (const int32_t value : plan.step_values()) {
     if (plan.graph().values[value].kind != ValueKind::kOutput) continue;
     outputs.push_back({value, plan.view(value)});
-    if (plan.view(value).dims != plan.desc(value).dims) bytes += aligned(plan.desc(value).bytes());
+    if (plan.view(value).dims != plan.desc(value).dims) bytes += output_room(plan.desc(value));
   }
   if (bytes > output_bytes_) {
     output_.reset();
@@ -216,7 +221,7 @@ std::vector<CudaSession::Output> CudaSession::bind_outputs(Plan& plan) {
     const TensorDesc& desc = plan.desc(output.value);
     if (output.given.dims == desc.dims) continue;
     plan.view(output.value) = {output_->data() + offset, desc.dtype, desc.dims};
-    offset += aligned(desc.bytes());
+    offset += output_room(desc);
   }
   return outputs;
 }

@@ -2,15 +2,14 @@
 
 #include <algorithm>
 
+#include "core/arithmetic.h"
 #include "core/check.h"
 #include "ops/gather_rows.h"
 
 namespace modeltorch {
 namespace {
 
-size_t aligned(size_t bytes) {
-  return (bytes + 255) / 256 * 256;
-}
+constexpr int64_t kAlignment = 256;  // of a staged input
 
 bool is_staged(const Plan& plan, int32_t value) {
   return plan.graph().values[value].kind == ValueKind::kInput && plan.desc(value).rows != Rows::kFixed;
@@ -61,7 +60,7 @@ void StagedPlan::stage(Plan& plan, const StepInfo& padded, Device device, cudaSt
     StageRows::Part& part = stage_.parts[stage_.count++];
     part = part_of(view, padded.rows(plan.desc(value).rows), info.padding, staged_.size());
     part.offset = bytes;
-    bytes += aligned(static_cast<size_t>(part.padded_rows * part.padded_columns * 2));
+    bytes += static_cast<size_t>(round_up(part.padded_rows * part.padded_columns * 2, kAlignment));
     if (view.dims.rank() == 2) view.dims[1] = widths_[staged_.size()];
     view.dims[0] = part.padded_rows;
     staged_.push_back(value);

@@ -3,8 +3,8 @@
 #include <cooperative_groups.h>
 
 #include "ops/cuda_kernel.cuh"
-#include "ops/decode_launch.cuh"
-#include "ops/decode_ptx.cuh"
+#include "ops/launch.cuh"
+#include "ops/ptx.cuh"
 
 namespace modeltorch {
 namespace {
@@ -112,7 +112,7 @@ class ArgmaxRowsCuda final : public Kernel {
     check(size <= INT32_MAX && rows <= INT32_MAX / kMostParts,
           "CUDA chooses among fewer than 2^31 elements in fewer than 2^28 rows, got ", args.in(0));
     ArgmaxParams params{args.in(0).data, args.out(0).as<int64_t>(), static_cast<uint32_t>(size), 1};
-    const DecodeDevice& device = decode_device();
+    const CudaDevice& device = current_cuda_device();
     while (device.hopper && params.parts < kMostParts && 2 * params.parts * rows <= device.multiprocessors &&
            size > params.parts * kThreads) {
       params.parts *= 2;

@@ -3,16 +3,13 @@
 #include <algorithm>
 #include <bit>
 
+#include "core/arithmetic.h"
 #include "core/check.h"
 #include "ops/decode_attention_kernel.cuh"
-#include "ops/decode_launch.cuh"
+#include "ops/launch.cuh"
 
 namespace modeltorch {
 namespace {
-
-bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
 
 // Clusters of more than two of these blocks do not all find room on the device beside the kernel in front.
 constexpr int kMaxWideBlocks = 64;
@@ -20,7 +17,7 @@ constexpr int kMaxWideBlocks = 64;
 /// Blocks that share the context of one sequence and key-value head: as many as the device has
 /// multiprocessors for.
 int split_count(const DecodeAttention& attention, int head_tiles) {
-  const DecodeDevice& device = decode_device();
+  const CudaDevice& device = current_cuda_device();
   if (!device.hopper) return 1;
   const int64_t work = attention.sequences * attention.kv_heads * head_tiles;
   const int64_t tiles = (attention.max_context + kDecodeTokens - 1) / kDecodeTokens;
@@ -50,7 +47,7 @@ void launch_shape(const DecodeAttention& attention, const DecodeAttentionParams&
 template <class T, int kD>
 void launch_head_size(const DecodeAttention& attention, const DecodeAttentionParams& params, void* stream) {
   const int64_t blocks = attention.sequences * params.kv_heads * params.head_tiles * params.splits;
-  const DecodeDevice& device = decode_device();
+  const CudaDevice& device = current_cuda_device();
   constexpr int kLong = kD <= 64 ? 3 : kD <= 128 ? 2 : 1;
   constexpr int kShort = kD <= 64 ? 3 : kD <= 96 ? 4 : kD <= 128 ? 3 : 2;
   if (!device.hopper) {  // half the shared memory, or less
@@ -91,8 +88,8 @@ bool decode_attention_fits(const DecodeAttention& attention) {
   if (a.sequences < 1 || a.sequences > 65535 || a.block_size < 1 || a.table_width < 1) return false;
   if (a.blocks * a.block_size >= (int64_t{1} << 31) || a.table_width * a.block_size >= (int64_t{1} << 31))
     return false;
-  return aligned(a.qkv) && aligned(a.cos) && aligned(a.sin) && aligned(a.k_cache) && aligned(a.v_cache) &&
-         aligned(a.y);
+  return is_aligned(a.qkv) && is_aligned(a.cos) && is_aligned(a.sin) && is_aligned(a.k_cache) &&
+         is_aligned(a.v_cache) && is_aligned(a.y);
 }
 
 size_t decode_attention_workspace(const DecodeAttention&) {

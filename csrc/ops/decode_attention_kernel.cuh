@@ -6,7 +6,7 @@
 // block starts from it. Warps meet in shared memory, blocks through the shared memory of their cluster, in a
 // fixed order.
 
-#include "ops/decode_ptx.cuh"
+#include "ops/ptx.cuh"
 
 namespace modeltorch {
 

@@ -4,9 +4,10 @@
 #include <bit>
 #include <climits>
 
+#include "core/arithmetic.h"
 #include "core/check.h"
-#include "ops/decode_launch.cuh"
 #include "ops/decode_stack_kernel.cuh"
+#include "ops/launch.cuh"
 
 namespace modeltorch {
 namespace {
@@ -14,17 +15,6 @@ namespace {
 constexpr int kSharedBytes = 227 * 1024;
 constexpr int kLeastRing = 64 * 1024;
 constexpr int kMaxSplits = 64;
-
-int64_t round_up(int64_t value, int64_t to) {
-  return (value + to - 1) / to * to;
-}
-int64_t divide_up(int64_t value, int64_t by) {
-  return (value + by - 1) / by;
-}
-
-bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
 
 int64_t qkv_units(const DecodeStack& stack) {
   return int64_t{stack.heads + 2 * stack.kv_heads} * stack.head_size;
@@ -93,7 +83,7 @@ bool place(StackParams& p, const DecodeStack& stack, int blocks) {
 bool plan_stack(StackPlan& plan, const DecodeStack& stack) {
   StackParams& p = plan.params;
   const int64_t smallest = std::min({stack.hidden, stack.inner, qkv_units(stack)});
-  plan.blocks = static_cast<int>(std::min<int64_t>(decode_device().multiprocessors, smallest));
+  plan.blocks = static_cast<int>(std::min<int64_t>(current_cuda_device().multiprocessors, smallest));
   const int pass_rows = stack.rows <= 4 ? 96 : 80;
   const auto cut = [&](int64_t k, int64_t units, int sides) {
     return plan_linear(k, units, plan.blocks, sides, pass_rows);
@@ -200,7 +190,7 @@ void launch_head_size(const StackPlan& plan, int head_size, void* stream) {
 
 bool decode_stack_fits(const DecodeStack& stack) {
   const DecodeStack& s = stack;
-  if (!decode_device().hopper) return false;
+  if (!current_cuda_device().hopper) return false;
   if (s.dtype != DType::kBFloat16 && s.dtype != DType::kFloat16) return false;
   if (s.rows < 1 || s.rows > kStackMaxRows || s.layers.empty() || s.layers.size() > kStackMaxLayers)
     return false;
@@ -214,13 +204,13 @@ bool decode_stack_fits(const DecodeStack& stack) {
   if (s.block_size < 1 || s.table_width < 1 || s.blocks * s.block_size >= INT_MAX ||
       s.table_width * s.block_size >= INT_MAX)
     return false;
-  if (!aligned(s.x) || !aligned(s.cos) || !aligned(s.sin) || !aligned(s.y)) return false;
+  if (!is_aligned(s.x) || !is_aligned(s.cos) || !is_aligned(s.sin) || !is_aligned(s.y)) return false;
   for (const DecodeStack::Layer& layer : s.layers) {
     for (const void* pointer :
          {layer.qkv[0], layer.qkv[1], layer.qkv[2], layer.attention_gamma, layer.o, layer.mlp_gamma,
           layer.gate, layer.up, layer.down, static_cast<const void*>(layer.k_cache),
           static_cast<const void*>(layer.v_cache)}) {
-      if (!aligned(pointer)) return false;
+      if (!is_aligned(pointer)) return false;
     }
   }
   StackPlan plan;

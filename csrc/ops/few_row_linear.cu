@@ -2,11 +2,12 @@
 
 #include <algorithm>
 
+#include "core/arithmetic.h"
 #include "core/check.h"
-#include "ops/decode_launch.cuh"
 #include "ops/few_row_linear_direct.cuh"
 #include "ops/few_row_linear_simple.cuh"
 #include "ops/few_row_linear_stream.cuh"
+#include "ops/launch.cuh"
 #include "ops/norm_rows.h"
 #include "ops/row_tile_linear.h"
 
@@ -20,17 +21,6 @@ constexpr int kSharedBytes = 200 * 1024;
 constexpr int kStageBytes = 32 * 1024;  // of weights, about
 constexpr int kResidentBytes = 40 * 1024;
 constexpr int kDirectColumns = 20 * 256;
-
-int64_t round_up(int64_t value, int64_t to) {
-  return (value + to - 1) / to * to;
-}
-int64_t divide_up(int64_t value, int64_t by) {
-  return (value + by - 1) / by;
-}
-
-bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
 
 int64_t weight_rows(const FewRowLinear& linear) {
   int64_t n = 0;
@@ -49,7 +39,7 @@ bool resident(const FewRowLinear& linear) {
 }
 
 bool norm_apart(const FewRowLinear& linear) {
-  return linear.gamma && !(decode_device().hopper && (direct(linear) || resident(linear)));
+  return linear.gamma && !(current_cuda_device().hopper && (direct(linear) || resident(linear)));
 }
 
 struct PartTable {
@@ -113,7 +103,7 @@ void share_groups(StreamParams& p, const FewRowLinear& linear) {
   const int parts = p.swiglu ? 1 : linear.part_count;
   for (int i = 0; i < parts && !p.swiglu; ++i) units[i] = linear.parts[i].n;
   int groups[3] = {1, parts > 1, parts > 2};
-  p.groups = std::clamp(decode_device().multiprocessors / p.cluster, parts, std::max(p.units, parts));
+  p.groups = std::clamp(current_cuda_device().multiprocessors / p.cluster, parts, std::max(p.units, parts));
   const auto load = [&](int i) { return groups[i] ? divide_up(units[i], groups[i]) : 0; };
   for (int given = parts; given < p.groups; ++given) {
     int most = 0;
@@ -145,13 +135,13 @@ int cluster_size(const StreamParams& p) {
   const int sides = p.swiglu ? 2 : 1;
   const auto x_reads = [&](int cluster) {
     const int64_t units =
-        divide_up(p.units, std::clamp(decode_device().multiprocessors / cluster, 1, p.units));
+        divide_up(p.units, std::clamp(current_cuda_device().multiprocessors / cluster, 1, p.units));
     return static_cast<double>(divide_up(units * sides, Shape::kM)) / cluster;
   };
   int best = 1;
   for (int cluster = 2; cluster <= 8 && !Shape::kResident && p.k >= cluster * kStreamBox; cluster *= 2) {
     const double weights =
-        static_cast<double>(p.units) * sides / decode_device().multiprocessors;  // read likewise
+        static_cast<double>(p.units) * sides / current_cuda_device().multiprocessors;  // read likewise
     if (x_reads(best) * p.rows > 0.6 * weights && x_reads(cluster) < 0.7 * x_reads(best)) best = cluster;
   }
   return best;
@@ -285,10 +275,10 @@ bool few_row_linear_fits(const FewRowLinear& linear) {
     if (linear.part_count == 2 && linear.parts[0].n != linear.parts[1].n) return false;
   }
   for (int i = 0; i < linear.part_count; ++i) {
-    if (linear.parts[i].n < 1 || !aligned(linear.parts[i].weight)) return false;
+    if (linear.parts[i].n < 1 || !is_aligned(linear.parts[i].weight)) return false;
   }
-  if (!aligned(linear.x) || !aligned(linear.gamma)) return false;
-  return linear.rows <= kStreamRows || !decode_device().hopper || row_tile_linear_fits(linear);
+  if (!is_aligned(linear.x) || !is_aligned(linear.gamma)) return false;
+  return linear.rows <= kStreamRows || !current_cuda_device().hopper || row_tile_linear_fits(linear);
 }
 
 size_t few_row_linear_workspace(const FewRowLinear& linear) {
@@ -301,7 +291,7 @@ void few_row_linear(const FewRowLinear& linear, void* stream) {
   const void* x = apart ? linear.workspace : linear.x;
   const void* gamma = apart ? nullptr : linear.gamma;
   if (apart) normalise(linear, stream);
-  if (!decode_device().hopper) return launch_simple(linear, x, stream);
+  if (!current_cuda_device().hopper) return launch_simple(linear, x, stream);
   if (linear.rows > kStreamRows) return row_tile_linear(linear, x, stream);
   if (linear.dtype == DType::kBFloat16) return launch_stream<__nv_bfloat16>(linear, x, gamma, stream);
   return launch_stream<__half>(linear, x, gamma, stream);

@@ -12,7 +12,7 @@
 
 #include <climits>
 
-#include "ops/decode_ptx.cuh"
+#include "ops/ptx.cuh"
 
 namespace modeltorch {
 

@@ -2,7 +2,7 @@
 
 // few_row_linear on devices before Hopper.
 
-#include "ops/decode_ptx.cuh"
+#include "ops/ptx.cuh"
 
 namespace modeltorch {
 

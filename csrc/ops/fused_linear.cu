@@ -4,6 +4,7 @@
 #include <bit>
 #include <optional>
 
+#include "core/arithmetic.h"
 #include "device/cuda_layers.h"
 #include "ops/cuda_kernel.cuh"
 #include "ops/elementwise.h"
@@ -15,9 +16,7 @@
 namespace modeltorch {
 namespace {
 
-size_t aligned(int64_t bytes) {
-  return (static_cast<size_t>(bytes) + 255) / 256 * 256;
-}
+constexpr int64_t kAlignment = 256;  // of what lies in the workspace
 
 // The tensors of one run, told apart by the operation's parameters.
 struct Tensors {
@@ -35,8 +34,8 @@ class FusedLinearCuda final : public CudaKernel<FusedLinear>, public HasDecodeTa
     const auto size = static_cast<int64_t>(dtype_size(dtype_));
     bucket_rows_ = x[0];
     columns_ = setup.outputs[0].dims[1] * (op_.swiglu ? 2 : 1);
-    if (op_.has_norm) norm_bytes_ = aligned(bucket_rows_ * x[1] * size);
-    if (op_.swiglu) product_bytes_ = aligned(bucket_rows_ * columns_ * size);
+    if (op_.has_norm) norm_bytes_ = round_up(bucket_rows_ * x[1] * size, kAlignment);
+    if (op_.swiglu) product_bytes_ = round_up(bucket_rows_ * columns_ * size, kAlignment);
     FewRowLinear few{
         .dtype = dtype_, .rows = bucket_rows_, .k = x[1], .gamma = op_.has_norm ? this : nullptr};
     few.parts[0].n = columns_;

@@ -1,8 +1,8 @@
 #include "ops/gather_rows.h"
 
 #include "ops/cuda_kernel.cuh"
-#include "ops/decode_launch.cuh"
-#include "ops/decode_ptx.cuh"
+#include "ops/launch.cuh"
+#include "ops/ptx.cuh"
 
 namespace modeltorch {
 namespace {

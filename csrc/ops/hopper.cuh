@@ -60,12 +60,11 @@ __device__ inline uint32_t shared_address(const void* pointer) {
 }
 
 /// A place in a ring of buffers and the parity of its barriers.
-template <int kStages>
 struct Ring {
   int stage = 0;
   uint32_t parity = 0;
-  __device__ void advance() {
-    if (++stage == kStages) {
+  __device__ void advance(int stages) {
+    if (++stage == stages) {
       stage = 0;
       parity ^= 1;
     }

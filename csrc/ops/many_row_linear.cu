@@ -2,8 +2,9 @@
 
 #include <algorithm>
 
+#include "core/arithmetic.h"
 #include "core/check.h"
-#include "ops/decode_launch.cuh"
+#include "ops/launch.cuh"
 #include "ops/many_row_linear_sm90.cuh"
 
 namespace modeltorch {
@@ -15,9 +16,9 @@ using many_rows::Work;
 
 /// Rounds that the clusters of `processors` need for tiles of `columns` columns of y.
 int64_t rounds(const ManyRowLinear& linear, int columns, int processors) {
-  const int64_t pairs = (linear.rows + 255) / 256;
-  const int64_t tiles = (linear.n + columns - 1) / columns;
-  return (pairs * tiles + processors / 2 - 1) / (processors / 2);
+  const int64_t pairs = divide_up(linear.rows, 256);
+  const int64_t tiles = divide_up(linear.n, columns);
+  return divide_up(pairs * tiles, processors / 2);
 }
 
 /// The width of tile, in columns of y, that keeps the card busiest, widest first.
@@ -47,10 +48,10 @@ void launch(const ManyRowLinear& linear, cudaStream_t stream, int processors) {
   work.weights[0] = matrix_map(linear, linear.weight, linear.n, Tile::kWide / 2);
   work.weights[1] =
       linear.up == nullptr ? work.weights[0] : matrix_map(linear, linear.up, linear.n, Tile::kWide / 2);
-  work.pairs = static_cast<int>((linear.rows + 255) / 256);
-  work.tiles = static_cast<int>((linear.n + Tile::kColumns - 1) / Tile::kColumns);
+  work.pairs = static_cast<int>(divide_up(linear.rows, 256));
+  work.tiles = static_cast<int>(divide_up(linear.n, Tile::kColumns));
   work.band = 8;
-  work.steps = static_cast<int>((linear.k + Tile::kDepth - 1) / Tile::kDepth);
+  work.steps = static_cast<int>(divide_up(linear.k, Tile::kDepth));
   work.rows = static_cast<int>(linear.rows);
   work.columns = static_cast<int>(linear.n);
   work.residual = linear.residual;
@@ -62,7 +63,7 @@ void launch(const ManyRowLinear& linear, cudaStream_t stream, int processors) {
 
 template <class T>
 void launch_best(const ManyRowLinear& linear, cudaStream_t stream) {
-  const int processors = decode_device().multiprocessors;
+  const int processors = current_cuda_device().multiprocessors;
   switch (best_columns(linear, processors)) {
     case 256:
       return launch<Tile<T, false, 256, 4>>(linear, stream, processors);
@@ -75,22 +76,18 @@ void launch_best(const ManyRowLinear& linear, cudaStream_t stream) {
   }
 }
 
-bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
-
 }  // namespace
 
 bool many_row_linear_fits(const ManyRowLinear& linear) {
   return (linear.dtype == DType::kBFloat16 || linear.dtype == DType::kFloat16) && linear.n > 0 &&
          linear.n % 8 == 0 && linear.n < 1 << 28 && linear.k > 0 && linear.k % 8 == 0 &&
-         linear.rows < 1 << 28 && aligned(linear.x) && aligned(linear.weight) && aligned(linear.up) &&
-         aligned(linear.residual) && aligned(linear.y) &&
-         (linear.up == nullptr || linear.residual == nullptr) && decode_device().hopper;
+         linear.rows < 1 << 28 && is_aligned(linear.x) && is_aligned(linear.weight) &&
+         is_aligned(linear.up) && is_aligned(linear.residual) && is_aligned(linear.y) &&
+         (linear.up == nullptr || linear.residual == nullptr) && current_cuda_device().hopper;
 }
 
 double many_row_linear_yield(const ManyRowLinear& linear) {
-  const int processors = decode_device().multiprocessors;
+  const int processors = current_cuda_device().multiprocessors;
   const int columns = best_columns(linear, processors);
   return static_cast<double>(linear.rows) * linear.n /
          (static_cast<double>(rounds(linear, columns, processors)) * (processors / 2) * 256 * columns);

@@ -7,9 +7,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "ops/decode_ptx.cuh"
 #include "ops/hopper.cuh"
 #include "ops/pairs.cuh"
+#include "ops/ptx.cuh"
 
 /// Matrix products of many rows for Hopper. Two blocks of a cluster share the weights of a tile: each brings
 /// half of them for both, and its own 128 rows. In a block one warp copies and two warpgroups multiply 64
@@ -74,7 +74,7 @@ __device__ inline void produce(const Work& work, Barriers<Tile>& barriers, unsig
   using namespace hopper;
   const int rank = cluster_rank();
   const CUtensorMap* const weight = &work.weights[rank];
-  Ring<Tile::kStages> ring;
+  Ring ring;
   for (int index = blockIdx.x / 2; index < work.pairs * work.tiles; index += gridDim.x / 2) {
     const Place place = Place::get(work, index);
     const int row = (place.pair * 2 + rank) * Tile::kRows;
@@ -87,7 +87,7 @@ __device__ inline void produce(const Work& work, Barriers<Tile>& barriers, unsig
       copy_box(stage, &work.x, full, step * Tile::kDepth, row);
       copy_box_to_all(stage + Tile::kRowBytes + rank * Tile::kHalfBytes, weight, full, step * Tile::kDepth,
                       column, 3);
-      ring.advance();
+      ring.advance(Tile::kStages);
     }
   }
 }
@@ -107,10 +107,10 @@ __device__ inline void multiply(float (&sum)[Tile::kWide / 2], uint64_t a, uint6
 
 /// Tells both blocks of the cluster that this warp has read a stage.
 template <class Tile>
-__device__ inline void release(Barriers<Tile>& barriers, hopper::Ring<Tile::kStages>& ring) {
+__device__ inline void release(Barriers<Tile>& barriers, hopper::Ring& ring) {
   const int lane = threadIdx.x % 32;
   if (lane < 2) hopper::barrier_arrive(&barriers.empty[ring.stage], lane);
-  ring.advance();
+  ring.advance(Tile::kStages);
 }
 
 __device__ inline float gated(float gate, float up) {
@@ -201,14 +201,14 @@ __device__ inline void consume(const Work& work, Barriers<Tile>& barriers, const
   using namespace hopper;
   const int group = warpgroup() - 1;
   const uint64_t a = operand(stages + group * 64 * 128), b = operand(stages + Tile::kRowBytes);
-  Ring<Tile::kStages> ring, done;
+  Ring ring, done;
   float sum[Tile::kWide / 2];
   for (int index = blockIdx.x / 2; index < work.pairs * work.tiles; index += gridDim.x / 2) {
     for (int step = 0; step < work.steps; ++step) {
       barrier_wait(&barriers.full[ring.stage], ring.parity);
       const int stage = ring.stage * (Tile::kStageBytes >> 4);
       multiply<Tile>(sum, a + stage, b + stage, step > 0);
-      ring.advance();
+      ring.advance(Tile::kStages);
       if (step > 0) {
         wgmma_wait<1>();
         release<Tile>(barriers, done);

@@ -3,8 +3,8 @@
 #include <algorithm>
 
 #include "ops/cuda_kernel.cuh"
-#include "ops/decode_launch.cuh"
-#include "ops/decode_ptx.cuh"
+#include "ops/launch.cuh"
+#include "ops/ptx.cuh"
 
 namespace modeltorch {
 namespace {

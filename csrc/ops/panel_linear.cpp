@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/arithmetic.h"
 #include "core/parallel.h"
 #include "ops/cpu_kernel.h"
 
@@ -18,26 +19,22 @@ constexpr int64_t kTileRows = 16;                  // of PanelProduct::tiles
 constexpr int64_t kTileSummands = 32;
 constexpr int64_t kPartsPerThread = 4;  // at least, so that threads end together
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 }  // namespace
 
 PanelLinear::PanelLinear(std::shared_ptr<const PanelWeight> weight, int64_t rows)
     : weight_(std::move(weight)), rows_(rows), threads_(pool_width()) {}
 
 int64_t PanelLinear::groups() const {
-  return ceil_div(weight_->n, kGroupColumns);
+  return divide_up(weight_->n, kGroupColumns);
 }
 
 PanelLinear::Cut PanelLinear::cut(int64_t rows) const {
   const PanelBlocking& blocking = panel_kernels()->blocking;
   const int64_t fitting = blocking.resident / weight_->k / kBlockStep * kBlockStep;
   const int64_t most = std::clamp(fitting, blocking.least_rows, blocking.most_rows);
-  int64_t blocks = ceil_div(rows, most);
+  int64_t blocks = divide_up(rows, most);
   while (blocks * groups() < kPartsPerThread * threads_ && rows > 2 * kBlockStep * blocks) ++blocks;
-  const int64_t each = std::min(rows, ceil_div(ceil_div(rows, blocks), kBlockStep) * kBlockStep);
+  const int64_t each = std::min(rows, divide_up(divide_up(rows, blocks), kBlockStep) * kBlockStep);
   const bool is_streamed = each <= blocking.streamed_rows;
   const int64_t summands = is_streamed ? blocking.streamed_summands : blocking.summands;
   // Sums in float32 between passes cost more than a block that is somewhat too large.
@@ -45,19 +42,19 @@ PanelLinear::Cut PanelLinear::cut(int64_t rows) const {
   if (weight_->k <= 2 * resident || resident == 0) resident = weight_->k;
   const int64_t columns = groups() / threads_ * kGroupColumns;
   const bool has_tiles = !is_streamed && blocking.tiles_columns > 0 && columns >= blocking.tiles_columns;
-  return {each, ceil_div(rows, each), resident, summands, is_streamed ? kStreamedGroups : 1, has_tiles};
+  return {each, divide_up(rows, each), resident, summands, is_streamed ? kStreamedGroups : 1, has_tiles};
 }
 
 // Sums of the groups of a product, or of all if other columns come between the passes over one.
 int64_t PanelLinear::sums_per_thread(const Cut& cut) const {
   if (weight_->k <= cut.summands) return 0;
   // The last run of groups of a part may be shorter, but its rows lie as far apart.
-  const int64_t all = ceil_div(groups(), cut.groups) * cut.groups;
+  const int64_t all = divide_up(groups(), cut.groups) * cut.groups;
   return cut.rows * kGroupColumns * (cut.resident < weight_->k ? all : cut.groups);
 }
 
 int64_t PanelLinear::tiles_per_thread(const Cut& cut) const {
-  return cut.has_tiles ? ceil_div(cut.rows, kTileRows) * kTileRows * cut.resident : 0;
+  return cut.has_tiles ? divide_up(cut.rows, kTileRows) * kTileRows * cut.resident : 0;
 }
 
 size_t PanelLinear::scratch_bytes(int64_t rows) const {
@@ -97,7 +94,7 @@ void PanelLinear::run(const KernelArgs& args) {
         // Groups of all blocks in a row, each as long as its rows, are cut into equal lengths.
         const auto first_of = [&](int64_t of) {
           const int64_t ahead = of * rows * groups() / threads_ - row * groups();
-          return std::clamp<int64_t>(ceil_div(std::max<int64_t>(0, ahead), count), 0, groups());
+          return std::clamp<int64_t>(divide_up(std::max<int64_t>(0, ahead), count), 0, groups());
         };
         const Part part{row, count, first_of(thread), first_of(thread + 1)};
         if (part.begin < part.end) multiply(part, cut, args, scratch_of(thread));

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "core/arithmetic.h"
 #include "core/parallel.h"
 #include "ops/cpu_kernel.h"
 
@@ -13,11 +14,8 @@ namespace {
 constexpr int64_t kChunk = 128;       // keys of a softmax step, a multiple of 16
 constexpr int64_t kPast = 32;         // weights past a chunk that may be read
 constexpr int64_t kLine = 32;         // elements in a line of the processor's caches
+constexpr int64_t kAlignment = 64;    // bytes
 constexpr int64_t kFewestKeys = 256;  // that are worth a part of their own
-
-int64_t aligned(int64_t bytes) {
-  return (bytes + 63) / 64 * 64;
-}
 
 }  // namespace
 
@@ -35,13 +33,13 @@ PanelPagedAttention::PanelPagedAttention(const AttentionShape& shape, int64_t se
 
 // Scores in float32 and weights in bfloat16 of one chunk.
 size_t PanelPagedAttention::scratch_bytes() const {
-  return static_cast<size_t>(aligned(shape_.group() * kChunk * 4) +
-                             aligned(shape_.group() * (kChunk + kPast) * 2));
+  return static_cast<size_t>(round_up(shape_.group() * kChunk * 4, kAlignment) +
+                             round_up(shape_.group() * (kChunk + kPast) * 2, kAlignment));
 }
 
 size_t PanelPagedAttention::workspace_bytes() const {
   const int64_t states = (tasks_ + 2 * threads_) * state_floats() * 4;
-  return static_cast<size_t>(aligned(states)) + static_cast<size_t>(threads_) * scratch_bytes();
+  return static_cast<size_t>(round_up(states, kAlignment)) + static_cast<size_t>(threads_) * scratch_bytes();
 }
 
 // Parts of every context: one, or as many as give each thread two.
@@ -60,7 +58,8 @@ void PanelPagedAttention::run(const KernelArgs& args) {
   const int64_t parts = part_count(args);
   const int32_t* lengths = args.in(4).as<int32_t>();
   auto* states = static_cast<float*>(args.workspace);
-  char* scratch = static_cast<char*>(args.workspace) + aligned((tasks_ + 2 * threads_) * state_floats() * 4);
+  char* scratch =
+      static_cast<char*>(args.workspace) + round_up((tasks_ + 2 * threads_) * state_floats() * 4, kAlignment);
   const int64_t total = std::accumulate(lengths, lengths + args.in(4).dims[0], int64_t{0}) * shape_.kv_heads;
   parallel_for(threads_, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
@@ -101,7 +100,7 @@ void PanelPagedAttention::attend(const KernelArgs& args, int64_t task, int64_t f
   const int32_t* table = args.in(3).as<int32_t>() + sequence * args.in(3).dims[1];
   const BFloat16* queries = args.in(0).as<BFloat16>() + (sequence * shape_.heads + head * group) * d;
   auto* scores = reinterpret_cast<float*>(memory);
-  auto* weights = reinterpret_cast<BFloat16*>(memory + aligned(group * kChunk * 4));
+  auto* weights = reinterpret_cast<BFloat16*>(memory + round_up(group * kChunk * 4, kAlignment));
   std::fill(state.maxima, state.maxima + group, -INFINITY);
   std::fill(state.sums, state.sums + group * (d + 1), 0.0f);
 

@@ -3,8 +3,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/arithmetic.h"
 #include "core/check.h"
-#include "ops/decode_launch.cuh"
+#include "ops/launch.cuh"
 #include "ops/prefill_attention_mma.cuh"
 #include "ops/prefill_attention_sm90.cuh"
 
@@ -14,8 +15,8 @@ namespace {
 
 using prefill::Launch;
 
-bool aligned(const void* pointer, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % 8 == 0;
+bool fits_vectors(const void* pointer, int64_t stride) {
+  return is_aligned(pointer) && stride % 8 == 0;
 }
 
 template <class T>
@@ -79,7 +80,7 @@ void launch_sm90(const PrefillAttention& attention, cudaStream_t stream, int pro
 
 template <class T>
 void launch(const PrefillAttention& attention, cudaStream_t stream) {
-  const auto& [processors, hopper] = decode_device();
+  const auto& [processors, hopper] = current_cuda_device();
   if (hopper && attention.head_size == 128) {
     return launch_sm90<T, 128, 2>(attention, stream, processors);
   }
@@ -112,8 +113,8 @@ bool prefill_attention_fits(const PrefillAttention& attention) {
   return (attention.dtype == DType::kBFloat16 || attention.dtype == DType::kFloat16) &&
          (head == 64 || head == 80 || head == 96 || head == 128 || head == 256) && attention.kv_heads > 0 &&
          attention.heads % attention.kv_heads == 0 && attention.scale > 0.0f &&
-         aligned(attention.q, attention.q_stride) && aligned(attention.k, attention.k_stride) &&
-         aligned(attention.v, attention.v_stride) && aligned(attention.y, 0) &&
+         fits_vectors(attention.q, attention.q_stride) && fits_vectors(attention.k, attention.k_stride) &&
+         fits_vectors(attention.v, attention.v_stride) && fits_vectors(attention.y, 0) &&
          attention.tokens < (int64_t{1} << 30);
 }
 

@@ -7,9 +7,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "ops/decode_ptx.cuh"
 #include "ops/pairs.cuh"
 #include "ops/prefill_tiles.cuh"
+#include "ops/ptx.cuh"
 
 /// Causal attention with mma.sync, for every head size and every card from sm_80 on.
 namespace modeltorch::prefill {

@@ -6,11 +6,11 @@
 
 #include <cstdint>
 
-#include "ops/decode_ptx.cuh"
 #include "ops/hopper.cuh"
 #include "ops/pairs.cuh"
 #include "ops/prefill_attention_mma.cuh"
 #include "ops/prefill_tiles.cuh"
+#include "ops/ptx.cuh"
 
 /// Causal attention for Hopper: one warpgroup lends its registers to the others and feeds them with bulk
 /// copies, the others multiply with wgmma. They take turns on the tensor cores: while one multiplies, the
@@ -77,7 +77,7 @@ struct Sm90Producer {
   unsigned char* q;
   unsigned char* k;
   unsigned char* v;
-  Ring<Tile::kStages> q_ring, ring;
+  Ring q_ring, ring;
 
   /// Hands the consumers a tile, as soon as they are done with the queries that lie in its buffer.
   __device__ void announce(const PrefillTile& tile, int head, int bytes) {
@@ -93,7 +93,7 @@ struct Sm90Producer {
     announce(tile, head, Tile::kQueryBytes);
     copy_box(q + q_ring.stage * Tile::kQueryBytes, &maps.q, &shared.q_full[q_ring.stage], 0,
              tile.start + tile.first, 0, head);
-    q_ring.advance();
+    q_ring.advance(Tile::kStages);
     for (int block = last; block >= 0; --block) {
       const int row = tile.start + block * Tile::kKeys;
       barrier_wait(&shared.k_empty[ring.stage], ring.parity ^ 1);
@@ -102,7 +102,7 @@ struct Sm90Producer {
       barrier_wait(&shared.v_empty[ring.stage], ring.parity ^ 1);
       barrier_expect(&shared.v_full[ring.stage], Tile::kKeyBytes);
       copy_box(v + ring.stage * Tile::kKeyBytes, &maps.v, &shared.v_full[ring.stage], 0, row, 0, kv_head);
-      ring.advance();
+      ring.advance(Tile::kStages);
     }
   }
 };
@@ -119,7 +119,7 @@ struct Sm90Consumer {
   int group;  ///< which of the consumers
   float scale_log2;
   int head;  ///< of the current tile
-  Ring<Tile::kStages> q_ring, k_ring, v_ring;
+  Ring q_ring, k_ring, v_ring;
   float out[Tile::kHead / 2];
   float scores[kScores];
   uint32_t weights[kScores / 8][4];
@@ -159,9 +159,9 @@ struct Sm90Consumer {
   }
 
   /// Gives the buffer of a ring back; every warp does, for itself.
-  __device__ static void release(uint64_t (&empty)[Tile::kStages], Ring<Tile::kStages>& ring) {
+  __device__ static void release(uint64_t (&empty)[Tile::kStages], Ring& ring) {
     if (threadIdx.x % 32 == 0) hopper::barrier_arrive(&empty[ring.stage]);
-    ring.advance();
+    ring.advance(Tile::kStages);
   }
 
   /// Hides keys behind their row; `ahead` is the first row of the warpgroup less the first key.

@@ -5,10 +5,10 @@
 #include "device/cuda_layers.h"
 #include "ops/cuda_kernel.cuh"
 #include "ops/decode_attention.h"
-#include "ops/decode_launch.cuh"
-#include "ops/decode_ptx.cuh"
+#include "ops/launch.cuh"
 #include "ops/plain_attention.h"
 #include "ops/prefill_attention.h"
+#include "ops/ptx.cuh"
 
 namespace modeltorch {
 namespace {

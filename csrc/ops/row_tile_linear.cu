@@ -4,8 +4,9 @@
 #include <climits>
 #include <cstdlib>
 
+#include "core/arithmetic.h"
 #include "core/check.h"
-#include "ops/decode_launch.cuh"
+#include "ops/launch.cuh"
 #include "ops/row_tile_linear_sm90.cuh"
 
 namespace modeltorch {
@@ -15,13 +16,6 @@ using row_tiles::Work;
 
 constexpr int kMaxSharedBytes = 227 * 1024;
 constexpr int kMostBoxRows = 256;  // of one copy
-
-int64_t divide_up(int64_t value, int64_t by) {
-  return (value + by - 1) / by;
-}
-int64_t round_up(int64_t value, int64_t to) {
-  return divide_up(value, to) * to;
-}
 
 /// How a product is cut.
 struct Cut {
@@ -54,7 +48,7 @@ struct Parts {
 /// Where there are tiles enough for all processors, rounds of tiles as large as the matrix units hold,
 /// because every tile reads x; else blocks that share k.
 Cut best_cut(const Work& w, const Parts& parts, int tokens) {
-  const int64_t rows = parts.all() * (w.gated ? 2 : 1), processors = decode_device().multiprocessors;
+  const int64_t rows = parts.all() * (w.gated ? 2 : 1), processors = current_cuda_device().multiprocessors;
   constexpr int64_t kUsual = 128, kManyRows = 3072;
   if (rows >= kUsual * processors / 2) {
     const int64_t rounds = divide_up(rows, processors * 64 * row_tiles::most_groups(tokens));
@@ -153,10 +147,6 @@ void make_maps(Work& w, const FewRowLinear& linear, const void* x, int tokens) {
                                        {row_tiles::kDepth, 8, 2, static_cast<uint32_t>(w.tile_units / 8)}});
 }
 
-bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
-
 template <class T, int kTokens>
 void launch(const FewRowLinear& linear, const void* x, void* stream) {
   const Parts parts(linear);
@@ -169,13 +159,13 @@ void launch(const FewRowLinear& linear, const void* x, void* stream) {
   const Cut cut = best_cut(w, parts, kTokens);
   w.splits = cut.splits;
   cut_tiles(w, parts, cut);
-  w.vectors = w.units % 8 == 0 && aligned(w.y) && aligned(w.residual);
+  w.vectors = w.units % 8 == 0 && is_aligned(w.y) && is_aligned(w.residual);
   const int bytes = cut_memory(w, kTokens);
   make_maps(w, linear, x, kTokens);
   int clusters = w.tiles;
   if (w.splits == 1) {
     const int blocks_each = kMaxSharedBytes / 2 >= bytes ? 2 : 1;
-    clusters = std::min(clusters, decode_device().multiprocessors * blocks_each);
+    clusters = std::min(clusters, current_cuda_device().multiprocessors * blocks_each);
   }
   const auto kernel = row_tiles::linear_kernel<T, kTokens>;
   allow_shared_memory(kernel, kMaxSharedBytes);

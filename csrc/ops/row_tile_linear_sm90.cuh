@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-#include "ops/decode_ptx.cuh"
 #include "ops/hopper.cuh"
 #include "ops/pairs.cuh"
+#include "ops/ptx.cuh"
 
 /// Linear maps of 9 to 128 rows for Hopper. The matrix units take the weights as their left operand: a
 /// warpgroup holds 64 rows of the weights times all rows of x ("tokens"). One warp copies, up to five
@@ -48,17 +48,6 @@ struct Work {
 struct Barriers {
   uint64_t full[kMaxStages], empty[kMaxStages];
   uint64_t joined;  ///< the sums of the other blocks are here
-};
-
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ void advance(int stages) {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
 };
 
 /// The place of this block: which part of k.
@@ -102,7 +91,7 @@ struct Producer {
   Barriers& barriers;
   unsigned char* memory;
   int round = 0, step = 0;
-  Ring ring;
+  hopper::Ring ring;
 
   __device__ unsigned char* stage() const { return memory + kHeaderBytes + ring.stage * w.stage_bytes; }
 
@@ -158,7 +147,7 @@ struct Producer {
 };
 
 /// Tells the thread that copies that this warp has read a stage.
-__device__ inline void release(const Work& w, Barriers& barriers, Ring& ring) {
+__device__ inline void release(const Work& w, Barriers& barriers, hopper::Ring& ring) {
   if (threadIdx.x % 32 == 0) hopper::barrier_arrive(&barriers.empty[ring.stage]);
   ring.advance(w.stages);
 }
@@ -166,10 +155,11 @@ __device__ inline void release(const Work& w, Barriers& barriers, Ring& ring) {
 /// sum = one warpgroup's rows of a tile, this block's columns.
 template <class T, int kTokens>
 __device__ inline void multiply_tile(const Work& w, const Seat& seat, Barriers& barriers,
-                                     const unsigned char* stages, float (&sum)[kTokens / 2], Ring& ring) {
+                                     const unsigned char* stages, float (&sum)[kTokens / 2],
+                                     hopper::Ring& ring) {
   using namespace hopper;
   const uint64_t a = operand(stages + warpgroup() * 64 * kDepth * 2), b = operand(stages + w.weight_bytes);
-  Ring done = ring;
+  hopper::Ring done = ring;
   for (int step = 0; step < seat.steps; ++step) {
     barrier_wait(&barriers.full[ring.stage], ring.parity);
     const int stage = ring.stage * (w.stage_bytes >> 4);
@@ -394,7 +384,7 @@ __device__ inline void finish(const Work& w, const Target<T>& target, float2 bia
 /// The warpgroups that multiply.
 template <class T, int kTokens>
 __device__ inline void consume(const Work& w, const Seat& seat, Barriers& barriers, unsigned char* memory) {
-  Ring ring;
+  hopper::Ring ring;
   const Finish<kTokens> mine(w, seat.split);
   const bool fetches = w.residual != nullptr && w.vectors;
   for (int round = 0; seat.tile(round) < w.tiles; ++round) {

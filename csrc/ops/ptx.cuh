@@ -1,6 +1,6 @@
 #pragma once
 
-// The instructions of the decode kernels that CUDA C++ has no name for, and conversions of the 16-bit types.
+// Instructions that CUDA C++ has no name for, and conversions of the 16-bit types.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -1,28 +1,31 @@
 #pragma once
 
-// Host side of the decode kernels: what the device is, and launches that the kernel behind may overlap.
+// What the device is, and launches that the kernel behind may overlap.
 
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <mutex>
+#include <set>
 #include <type_traits>
+#include <utility>
 
 #include "device/cuda_check.h"
 
 namespace modeltorch {
 
-/// What a launch must know of the current device.
-struct DecodeDevice {
+/// What a launch must know of a device.
+struct CudaDevice {
   int multiprocessors = 0;
   bool hopper = false;  ///< compute capability 9.0: bulk copies, clusters, programmatic dependent launch
 };
 
 /// The current device's properties, asked for once a device.
-inline const DecodeDevice& decode_device() {
+inline const CudaDevice& current_cuda_device() {
   constexpr int kMaxDevices = 64;
   static const auto devices = [] {
     struct Table {
-      DecodeDevice of[kMaxDevices];
+      CudaDevice of[kMaxDevices];
     } table;
     int count = 0;
     check_cuda(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
@@ -43,16 +46,43 @@ inline const DecodeDevice& decode_device() {
   return devices.of[device < kMaxDevices ? device : 0];
 }
 
-/// Lets `kernel` have up to `bytes` of dynamic shared memory, and gives shared memory all of the cache that
-/// it can have: kernels that divide it differently cannot share a multiprocessor, so that one that could
-/// begin before the other has ended would wait for an empty one.
+/// Kernels that allow_shared_memory has made ready, each on a device. Thread-safe.
+class ReadyKernels {
+ public:
+  /// Runs `prepare` unless it has once succeeded for this kernel and the current device.
+  template <class Prepare>
+  void once(const void* kernel, Prepare prepare) {
+    int device = 0;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    const std::lock_guard lock(mutex_);
+    if (ready_.contains({kernel, device})) return;
+    prepare();
+    ready_.insert({kernel, device});
+  }
+
+ private:
+  std::mutex mutex_;
+  std::set<std::pair<const void*, int>> ready_;
+};
+
+inline ReadyKernels& ready_kernels() {
+  static ReadyKernels kernels;
+  return kernels;
+}
+
+/// Lets `kernel` have up to `bytes` of dynamic shared memory, always the same number of a kernel, and gives
+/// shared memory all of the cache that it can have: kernels that divide it differently cannot share a
+/// multiprocessor, so that one that could begin before the other has ended would wait for an empty one.
 template <class Kernel>
 void allow_shared_memory(Kernel kernel, int bytes) {
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-             "cudaFuncSetAttribute");
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                  cudaSharedmemCarveoutMaxShared),
-             "cudaFuncSetAttribute");
+  // The driver takes longer over an attribute that is set already than a launch should.
+  ready_kernels().once(reinterpret_cast<const void*>(kernel), [&] {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+               "cudaFuncSetAttribute");
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared),
+               "cudaFuncSetAttribute");
+  });
 }
 
 /// How a kernel is launched.
@@ -74,7 +104,7 @@ void launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, void* st
   config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchAttribute attributes[2];
   config.attrs = attributes;
-  if (decode_device().hopper) {
+  if (current_cuda_device().hopper) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
