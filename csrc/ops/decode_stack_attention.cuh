@@ -198,7 +198,7 @@ struct Attention {
   }
 };
 
-/// Takes back what the block of this unit handed on.
+/// A warp takes back what the block of this unit handed on.
 template <class T, int kD>
 __device__ __forceinline__ void take_back_attended(const StackParams& p, int unit) {
   const DecodeAttentionParams& a = p.attention;
@@ -206,7 +206,7 @@ __device__ __forceinline__ void take_back_attended(const StackParams& p, int uni
             sequence = unit / a.splits / a.kv_heads, heads = a.heads / a.kv_heads;
   const int64_t first = static_cast<int64_t>(sequence) * a.heads + kv_head * heads;
   constexpr uint2 kPair{exchange::kNothing, exchange::kNothing};
-  for (int v = threadIdx.x; v < heads * kD / 4; v += kStackConsumers) {
+  for (int v = threadIdx.x % 32; v < heads * kD / 4; v += 32) {
     if (a.splits == 1) {
       exchange::store(attended<T>(p) + first * kD + v * 4, kPair);
       continue;
@@ -283,10 +283,11 @@ __device__ __forceinline__ void join_splits(const StackParams& p, int row, char*
   Merged merged;
   for (int split = lane; split < splits; split += 4 * kLanes)
     merged.wait_and_add<kD>(p, row, column, split, kLanes, splits);
-  ptx::barrier_sync(1, kStackConsumers);  // whatever was in shared memory has been read
+  constexpr int kBarrier = 3;
+  ptx::barrier_sync(kBarrier, kStackConsumers);  // whatever was in shared memory has been read
   states[threadIdx.x] = {merged.maximum, merged.sum};
   outs[threadIdx.x] = merged.out;
-  ptx::barrier_sync(1, kStackConsumers);
+  ptx::barrier_sync(kBarrier, kStackConsumers);
   if (lane > 0) return;
   for (int i = 1; i < min(kLanes, splits); ++i) {
     const float2 state = states[i * kVectors + column];
@@ -295,11 +296,11 @@ __device__ __forceinline__ void join_splits(const StackParams& p, int row, char*
   exchange::store(attended<T>(p) + static_cast<int64_t>(row) * kD + column * 4, merged.quotient<T>());
 }
 
-/// Takes back what join_splits handed on.
+/// A warp takes back what join_splits handed on.
 template <class T, int kD>
 __device__ __forceinline__ void take_back_joined(const StackParams& p, int row) {
-  if (threadIdx.x < kD / 4) {
-    exchange::store(attended<T>(p) + static_cast<int64_t>(row) * kD + threadIdx.x * 4,
+  if (threadIdx.x % 32 < kD / 4) {
+    exchange::store(attended<T>(p) + static_cast<int64_t>(row) * kD + threadIdx.x % 32 * 4,
                     uint2{exchange::kNothing, exchange::kNothing});
   }
 }

@@ -6,7 +6,7 @@
 // make: what it makes of a NaN is 0x7fff or 0x7fffffff. A block takes back what it wrote (writes ones) when
 // all that read it have handed on results made of it.
 
-#include "ops/decode_ptx.cuh"
+#include "ops/ptx.cuh"
 
 namespace modeltorch::exchange {
 
@@ -45,8 +45,7 @@ __device__ __forceinline__ void publish(T* to, float value) {
   store(to, *reinterpret_cast<const uint16_t*>(&rounded));
 }
 
-/// Behind what a block takes back, before anything else that it hands on: who sees that sees that this is
-/// gone.
+/// Between what a block takes back and what it hands on later: who sees that sees that this is gone.
 __device__ __forceinline__ void settle() {
   asm volatile("fence.acq_rel.gpu;" ::: "memory");
 }

@@ -7,7 +7,9 @@
 //
 // What has been handed on is taken back where every block has shown, by what it handed on since, that it has
 // read it: in o what qkv and down wrote, in gate_up what attention wrote, in down what o wrote, and in qkv
-// what gate_up wrote, for the last layer in the launch that follows.
+// what gate_up wrote, for the last layer in the launch that follows. A warp of its own does that, and is done
+// with it, as all blocks see it, before its block hands on the results of the next linear: a fence is waited
+// for where nobody else waits.
 
 #include "ops/decode_stack_attention.cuh"
 #include "ops/decode_stack_exchange.cuh"
@@ -26,6 +28,11 @@ namespace stack {
 #endif
 
 #if MODELTORCH_PTX_HOPPER
+
+/// Where the warps that multiply have kept their sums, and so have read x; the keeper comes there too.
+__device__ __forceinline__ void meet() {
+  ptx::barrier_sync(1, kStackConsumers + 32);
+}
 
 /// x * gamma must not leave the range of the type; half floats therefore carry a power of two less.
 template <class T>
@@ -235,21 +242,6 @@ struct Consumer {
     }
   }
 
-  /// Takes back what this block wrote that everybody has read when linear `kind` is done.
-  __device__ void take_back(int kind) const {
-    if (kind == kStackGateUp) return;  // attention's, elsewhere
-    take_back(shares[kind == kStackO ? kStackQkv : kind == kStackQkv ? kStackGateUp : kStackO]);
-    if (kind == kStackO) take_back(shares[kStackDown]);
-  }
-
-  __device__ void take_back(const StackShare& share) const {
-    const int token = my_token();
-    if (token >= p.rows) return;
-    T* to = static_cast<T*>(share.linear.y) + static_cast<int64_t>(token) * share.linear.units + share.first;
-    for (int unit = first_unit(); unit < share.count; unit += unit_step())
-      exchange::store(to + unit, static_cast<uint16_t>(exchange::kNothing));
-  }
-
   __device__ void fetch_bias(const StackLayer& layer, int first, int units, float (&bias)[3]) const {
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
@@ -279,7 +271,7 @@ struct Consumer {
     }
     if (k + columns < share.linear.k) return;
     MODELTORCH_STAMP(layer * 4 + kind, 2);
-    ptx::barrier_sync(1, kStackConsumers);
+    meet();
     MODELTORCH_STAMP(layer * 4 + kind, 3);
     finish(share, layer, kind, first, units, bias);
     ++pass;
@@ -322,16 +314,44 @@ __device__ __forceinline__ int unit_of(int units) {
   return unit < units && unit * blocks / units == block ? unit : -1;
 }
 
+template <class T>
+__device__ __forceinline__ void take_back(const StackParams& p, const StackShare& share) {
+  for (int i = threadIdx.x % 32; i < share.count * p.rows; i += 32) {
+    const int64_t row = static_cast<int64_t>(i / share.count) * share.linear.units;
+    exchange::store(static_cast<T*>(share.linear.y) + row + share.first + i % share.count,
+                    static_cast<uint16_t>(exchange::kNothing));
+  }
+}
+
+/// What the keeper does. `unit`, `joined`: what this block has of attention and of joining its parts, or -1.
+template <class T, int kD>
+__device__ __forceinline__ void keep(const StackParams& p, int unit, int joined, const StackShare* shares) {
+#pragma unroll 1
+  for (int step = 0; step < 4 * p.layer_count; ++step) {
+    const int kind = step % 4;
+    const StackShare& share = shares[kind];
+    for (int first = 0; first < share.count; first += share.linear.pass_units) meet();
+    if (kind == kStackGateUp) {
+      if (unit >= 0) take_back_attended<T, kD>(p, unit);
+      if (joined >= 0) take_back_joined<T, kD>(p, joined);
+    } else {
+      take_back<T>(p, shares[kind == kStackO ? kStackQkv : kind == kStackQkv ? kStackGateUp : kStackO]);
+      if (kind == kStackO) take_back<T>(p, shares[kStackDown]);
+    }
+    exchange::settle();
+  }
+}
+
 /// What the warps do that multiply.
 template <class T, int kD>
-__device__ __forceinline__ void consume(const StackParams& p, int unit, char* shared, Consumer<T> consumer) {
+__device__ __forceinline__ void consume(const StackParams& p, int unit, int joined, char* shared,
+                                        Consumer<T> consumer) {
   const StackShare own = consumer.shares[kStackO];
   for (int i = threadIdx.x; i < own.count * p.rows; i += kStackConsumers) {
     const int64_t from = static_cast<int64_t>(i / own.count) * own.linear.units + own.first + i % own.count;
     reinterpret_cast<float*>(shared + p.residual_offset)[i] = ptx::to_float(static_cast<const T*>(p.x)[from]);
   }
   const bool attends = unit >= 0;
-  const int joined = p.join_units ? unit_of(p.join_units) : -1;
   Attention<T, kD> attention(p, attends ? unit : 0, shared + p.attention_offset, attends);
   if (attends) attention.prefetch(p.layers[0]);
 #ifdef MODELTORCH_STACK_STAMPS
@@ -350,10 +370,6 @@ __device__ __forceinline__ void consume(const StackParams& p, int unit, char* sh
     } else {
       consumer.template run<kStackGroups>(layer, kind);
     }
-    consumer.take_back(kind);
-    if (kind == kStackGateUp && attends) take_back_attended<T, kD>(p, unit);
-    if (kind == kStackGateUp && joined >= 0) take_back_joined<T, kD>(p, joined);
-    exchange::settle();
   }
 }
 
@@ -369,7 +385,7 @@ __global__ void __launch_bounds__(kStackThreads, 1)
   using namespace stack;
   extern __shared__ __align__(128) char shared[];
   ptx::launch_dependents();
-  const int unit = unit_of(p.attention_units);
+  const int unit = unit_of(p.attention_units), joined = p.join_units ? unit_of(p.join_units) : -1;
   StackShare* shares = reinterpret_cast<StackShare*>(shared + kStackSharesOffset);
   char* base = shared + (unit < 0 ? p.ring_offset : p.ring_offset_attention);
   Ring ring{ptx::shared_address(shared), static_cast<int>(shared + p.ring_end - base)};
@@ -385,8 +401,10 @@ __global__ void __launch_bounds__(kStackThreads, 1)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp == kStackWarps) {
     Producer{p, shares, ring, ptx::shared_address(base), ptx::evict_first_policy(), lane}.run();
+  } else if (warp == kStackKeeper) {
+    keep<T, kD>(p, unit, joined, shares);
   } else {
-    consume<T, kD>(p, unit, shared, Consumer<T>{p, shared, base, shares, ring, warp, lane});
+    consume<T, kD>(p, unit, joined, shared, Consumer<T>{p, shared, base, shares, ring, warp, lane});
   }
 #endif
 }

@@ -8,7 +8,7 @@
 // they belong to: while the blocks wait for each other, the weights of what comes next arrive.
 
 #include "ops/decode_attention_kernel.cuh"
-#include "ops/decode_ptx.cuh"
+#include "ops/ptx.cuh"
 
 namespace modeltorch {
 
@@ -16,7 +16,9 @@ inline constexpr int kStackMaxLayers = 96;
 inline constexpr int kStackMaxRows = 8;
 inline constexpr int kStackWarps = 8;  // that multiply
 inline constexpr int kStackConsumers = 32 * kStackWarps;
-inline constexpr int kStackThreads = kStackConsumers + 32;
+inline constexpr int kStackThreads =
+    kStackConsumers + 64;  // with the warp that streams and the one that takes back
+inline constexpr int kStackKeeper = kStackWarps + 1;          // the latter
 inline constexpr int kStackSpan = 32 * kStackWarps;           // columns of one group of every warp
 inline constexpr int kStackGroups = 20;                       // groups of a warp whose x it holds at once
 inline constexpr int kStackPart = kStackGroups * kStackSpan;  // columns of x that the warps hold
