@@ -46,24 +46,24 @@ test-ascend: $(ASCEND_VENV)/.built  ## device npu without an NPU, in every way t
 sanitize: $(VENV)/.installed  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	PYTHON=$(BIN)/python tests/cpp/run.sh sanitize
 
-# One object for each target, so that a target that does not compile is named.
+# One object for each target, so that a target that does not compile is named. That of sm_80 holds PTX too, which later
+# cards compile for themselves.
 KERNELS := $(shell find csrc -name '*.cu')
-KERNEL_TARGETS := sm_80 sm_90a compute_80
+KERNEL_TARGETS := sm_80 sm_90a
 KERNEL_OBJECTS := $(foreach target,$(KERNEL_TARGETS),$(KERNELS:%.cu=build/kernels/$(target)/%.o))
-ARCH_sm_80 := arch=compute_80,code=sm_80
+ARCH_sm_80 := arch=compute_80,code=[sm_80,compute_80]
 ARCH_sm_90a := arch=compute_90a,code=sm_90a
-ARCH_compute_80 := arch=compute_80,code=compute_80
 
 kernels:  ## compile every CUDA kernel where nvcc is present; they run only on a machine with a GPU
 	@if ! command -v nvcc >/dev/null; then echo "no nvcc here: CUDA kernels were not compiled"; \
 	else $(MAKE) --no-print-directory -j2 $(KERNEL_OBJECTS) && \
-	echo "compiled $(words $(KERNELS)) CUDA files for $(KERNEL_TARGETS); THEY WERE NOT RUN: tools/gpu_check.sh does that"; fi
+	echo "compiled $(words $(KERNELS)) CUDA files for $(KERNEL_TARGETS) and as PTX; THEY WERE NOT RUN: tools/gpu_check.sh does that"; fi
 
 # nvcc's own list of what a file includes decides what is compiled again.
 define kernel_rule
 build/kernels/$(1)/%.o: %.cu
 	@mkdir -p $$(@D)
-	nvcc -std=c++20 -O3 -Icsrc --expt-relaxed-constexpr -diag-suppress=177 -gencode $$(ARCH_$(1)) -MMD -MP -c $$< -o $$@
+	nvcc -std=c++20 -O3 -Icsrc --expt-relaxed-constexpr -diag-suppress=177 -gencode "$$(ARCH_$(1))" -MMD -MP -c $$< -o $$@
 endef
 $(foreach target,$(KERNEL_TARGETS),$(eval $(call kernel_rule,$(target))))
 -include $(wildcard $(KERNEL_OBJECTS:.o=.d))
@@ -104,7 +104,7 @@ $(ASCEND_VENV)/.installed: tests/ascend_host/requirements.txt
 # Installed by the line of docs/ascend.md, from a copy of the sources: the library of this tree is another.
 $(ASCEND_VENV)/.built: $(ASCEND_VENV)/.installed $(SOURCES) pyproject.toml $(wildcard modeltorch/*.py) \
     $(shell find tests/ascend_host -name '*.cpp' -o -name '*.h' -o -name '*.map') tests/ascend_host/Makefile
-	$(MAKE) -f tests/ascend_host/Makefile PYTHON=$(ASCEND_BIN)/python
+	$(MAKE) -j2 --no-print-directory -f tests/ascend_host/Makefile PYTHON=$(ASCEND_BIN)/python
 	rm -rf $(ASCEND_HOST)/source
 	mkdir -p $(ASCEND_HOST)/source
 	tar -cf - --exclude='*.so' --exclude=__pycache__ csrc modeltorch setup.py pyproject.toml README.md LICENSE | \

@@ -90,7 +90,7 @@ def _seconds(device: torch.device, body: Callable[[], object]) -> float:
 
 
 def _wake(device: torch.device) -> None:
-    """Has a GPU work for a moment: an idle one raises its clocks only then, and a step is over sooner."""
+    """Has a GPU work for a moment: an idle one raises its clocks, and some steps would be over before it has."""
     if device.type != "cuda":
         return
     matrix = torch.zeros(4096, 4096, dtype=torch.bfloat16, device=device)

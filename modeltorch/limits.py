@@ -1,4 +1,4 @@
-"""What a step is measured against: the bytes and operations that it cannot avoid, over rates of this machine.
+"""What a step is measured against: the bytes that it cannot avoid, its operations, over rates of this machine.
 
 The rates are references measured in the same run, not bounds. Memory is read by a probe of our own, and the linears are
 multiplied by torch's library. A step may exceed them: on a machine that others use too, where its weights stay in the
@@ -61,7 +61,7 @@ def _linear_shapes(model: FlashQwen2ForCausalLM) -> list[tuple[int, int]]:
 
 
 def decode_bytes(model: FlashQwen2ForCausalLM, batch: int, context: int) -> int:
-    """Bytes that a decode step must read: every weight once (of the embedding only its rows), and keys and values."""
+    """Bytes that a decode step must read: every weight once, and keys and values; of the embedding nothing."""
     layer = sum(n * k for n, k in _linear_shapes(model))
     weights = model.num_layers * layer + model.vocab_size * model.hidden_size
     cache = 2 * model.num_layers * batch * context * model.num_kv_heads * model.head_size
@@ -71,7 +71,7 @@ def decode_bytes(model: FlashQwen2ForCausalLM, batch: int, context: int) -> int:
 def prefill_flops(model: FlashQwen2ForCausalLM, lengths: Sequence[int]) -> int:
     """Operations of a prefill: linears, causal attention, and the lm_head for one row a sequence.
 
-    Behind the attention of the last layer, too, only those rows are needed.
+    What lies behind the attention of the last layer is counted for those rows, too, since no others are computed there.
     """
     qkv, *others = (n * k for n, k in _linear_shapes(model))
     rows = sum(lengths)
@@ -107,7 +107,7 @@ class ReadRate:
 
 
 class GpuReadRate(ReadRate):
-    """The same for the memory of a GPU: the sum of a large tensor, in GPU time."""
+    """The same for the memory of a GPU, beside the timed steps: the sum of a large tensor, in GPU time."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()

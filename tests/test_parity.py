@@ -118,10 +118,12 @@ def test_prefill_and_decode_equal_transformers(device, dtype, shape, layout, pro
     comparison.check_half_precision()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_logits_rows_come_in_the_order_that_was_asked_for(dtype):
-    shape = Shape()
-    runner = Runner(shape, random_model(shape), dtype)
+def test_logits_rows_come_in_the_order_that_was_asked_for(dtype, layers, device):
+    shape = Shape(layers=layers)
+    runner = Runner(shape, random_model(shape), dtype, device)
     prompts = [[1, 2, 3, 4], [5, 6], [7]]
     every = runner.prefill(prompts)
     asked = [6, 0, 0, 5, 3]

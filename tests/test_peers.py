@@ -166,6 +166,8 @@ def test_the_engines_get_the_requests_of_modeltorch_bench():
     list(bench.serve(Subject("stub", model), 32, harness.REQUEST_PROMPT, harness.REQUEST_NEW_TOKENS))
     assert harness.prompts(1000, harness.request_lengths(32)) == model.prompts
     assert all(64 <= len(prompt) <= 256 for prompt in model.prompts)
+    list(bench.serve(Subject("stub", model), 256, bench.REQUEST_PROMPT, bench.REQUEST_NEW_TOKENS))
+    assert sum(len(prompt) for prompt in model.prompts) == 74_643  # as many as those that vLLM was measured with
 
 
 @pytest.mark.parametrize("name", ["prefill_s128", "decode_b1", "serve", "serve_r32x", ""])

@@ -14,7 +14,7 @@ constexpr int64_t round_up(int64_t value, int64_t to) {
   return divide_up(value, to) * to;
 }
 
-/// Whether vectors of `bytes` can be read from `pointer` on; null can.
+/// Whether `pointer` is a multiple of `bytes`. Null is.
 inline bool is_aligned(const void* pointer, int64_t bytes = 16) {
   return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
 }

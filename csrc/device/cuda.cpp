@@ -22,6 +22,10 @@ const bool registered = register_session(
     DeviceType::kCuda,
     [](Device device) -> std::unique_ptr<DeviceSession> { return std::make_unique<CudaSession>(device); });
 
+size_t output_room(const TensorDesc& desc) {
+  return static_cast<size_t>(round_up(static_cast<int64_t>(desc.bytes()), 256));
+}
+
 }  // namespace
 
 void set_cuda_host(const CudaHost& host) {
@@ -192,14 +196,6 @@ void CudaSession::run_staged(Plan& plan, const StepInfo& step) {
   }
   copy_outputs(plan, outputs);
 }
-
-namespace {
-
-size_t output_room(const TensorDesc& desc) {
-  return static_cast<size_t>(round_up(static_cast<int64_t>(desc.bytes()), 256));
-}
-
-}  // namespace
 
 // Lets the nodes write to memory with all rows of the bucket: the caller's, if it has them, else our own.
 std::vector<CudaSession::Output> CudaSession::bind_outputs(Plan& plan) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "core/arithmetic.h"
 #include "core/check.h"
 #include "graph/session.h"
 #include "graph/trace.h"
@@ -24,7 +25,7 @@ int64_t bucket_size(int64_t count) {
   constexpr int64_t kStep = 64;
   if (count <= kStep)
     return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(count, 1))));
-  return (count + kStep - 1) / kStep * kStep;
+  return round_up(count, kStep);
 }
 
 void Plan::rethrow_at(const Node& node, const Error& error) {

@@ -2,6 +2,7 @@
 
 #include <numeric>
 
+#include "core/arithmetic.h"
 #include "core/check.h"
 
 namespace modeltorch {
@@ -201,7 +202,7 @@ class StepDoor {
     const int64_t width = tables.dims[1];
     for (int64_t sequence = 0; sequence < step_.info.sequences; ++sequence) {
       const int64_t context = step_.info.sequence_lengths[sequence];
-      const int64_t used = (context + limits_.block_size - 1) / limits_.block_size;
+      const int64_t used = divide_up(context, limits_.block_size);
       for (int64_t index = 0; index < used; ++index) {
         const int32_t block = tables.as<int32_t>()[sequence * width + index];
         check(block >= 0 && block < limits_.blocks, label(kBlockTables), " holds block ", block, " at [",

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/arithmetic.h"
 #include "core/parallel.h"
 #include "ops/cpu_kernel.h"
 #include "ops/rows.h"
@@ -30,7 +31,7 @@ class ArgmaxRowsCpu final : public Kernel {
   void run(const KernelArgs& args) override {
     const int64_t rows = args.in(0).dims[0];
     const int64_t size = args.in(0).dims[1];
-    const int64_t part_size = (size + kParts - 1) / kParts;
+    const int64_t part_size = divide_up(size, kParts);
     const T* x = args.in(0).as<T>();
     auto* winners = static_cast<int64_t*>(args.workspace);
     parallel_for(rows * kParts, grain_for(part_size / 4), [&](int64_t begin, int64_t end) {

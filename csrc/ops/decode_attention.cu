@@ -20,7 +20,7 @@ int split_count(const DecodeAttention& attention, int head_tiles) {
   const CudaDevice& device = current_cuda_device();
   if (!device.hopper) return 1;
   const int64_t work = attention.sequences * attention.kv_heads * head_tiles;
-  const int64_t tiles = (attention.max_context + kDecodeTokens - 1) / kDecodeTokens;
+  const int64_t tiles = divide_up(attention.max_context, kDecodeTokens);
   constexpr int kLongContext = 4096;  // more blocks than this pays cost more to join than they save
   const int most = attention.max_context > kLongContext ? kDecodeMaxSplits : 8;
   int splits = 1;
@@ -31,11 +31,7 @@ int split_count(const DecodeAttention& attention, int head_tiles) {
 template <class T, class Shape>
 void launch_shape(const DecodeAttention& attention, const DecodeAttentionParams& params, void* stream) {
   const auto kernel = decode_attention_kernel<T, Shape>;
-  allow_shared_memory(kernel, Shape::kAllBytes);
-  if (params.splits > 8) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-               "decode_attention");
-  }
+  allow_shared_memory(kernel, Shape::kAllBytes, current_cuda_device().hopper);
   const dim3 grid(params.splits, params.kv_heads * params.head_tiles, attention.sequences);
   const LaunchShape launched{grid, Shape::kThreads, static_cast<size_t>(Shape::bytes(params.splits)),
                              params.splits};
@@ -119,7 +115,7 @@ void decode_attention(const DecodeAttention& attention, void* stream) {
                            ? std::countr_zero(static_cast<uint64_t>(attention.block_size))
                            : -1;
   params.blocks = static_cast<int>(attention.blocks);
-  params.head_tiles = (attention.heads / attention.kv_heads + kDecodeHeads - 1) / kDecodeHeads;
+  params.head_tiles = static_cast<int>(divide_up(attention.heads / attention.kv_heads, kDecodeHeads));
   params.splits = split_count(attention, params.head_tiles);
   params.scale_log2 = attention.scale * kLog2E;
   if (attention.dtype == DType::kBFloat16) return launch_dtype<__nv_bfloat16>(attention, params, stream);

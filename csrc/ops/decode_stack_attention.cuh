@@ -30,7 +30,6 @@ __device__ __forceinline__ T* attended(const StackParams& p) {
 template <class T, int kD>
 struct Attention {
   using Shape = AttentionShape<kD>;
-  static constexpr int kBarrier = 2;
 
   const StackParams& p;
   const DecodeAttentionParams& a;
@@ -187,13 +186,13 @@ struct Attention {
   /// One layer, whose first tiles are on their way; `next` may be null.
   __device__ void run(const StackLayer& layer, const StackLayer* next) {
     fetch_new_token(layer);
-    ptx::barrier_sync(kBarrier, Shape::kThreads);
+    ptx::barrier_sync(kStackAttending, Shape::kThreads);
     decode::State<Shape> state;
     add_tiles(layer, state);
     decode::store_state(state, place.heads, shared);
-    ptx::barrier_sync(kBarrier, Shape::kThreads);
+    ptx::barrier_sync(kStackAttending, Shape::kThreads);
     join();
-    ptx::barrier_sync(kBarrier, Shape::kThreads);
+    ptx::barrier_sync(kStackAttending, Shape::kThreads);
     if (next) prefetch(*next);
   }
 };
@@ -283,11 +282,10 @@ __device__ __forceinline__ void join_splits(const StackParams& p, int row, char*
   Merged merged;
   for (int split = lane; split < splits; split += 4 * kLanes)
     merged.wait_and_add<kD>(p, row, column, split, kLanes, splits);
-  constexpr int kBarrier = 3;
-  ptx::barrier_sync(kBarrier, kStackConsumers);  // whatever was in shared memory has been read
+  ptx::barrier_sync(kStackJoining, kStackConsumers);  // whatever was in shared memory has been read
   states[threadIdx.x] = {merged.maximum, merged.sum};
   outs[threadIdx.x] = merged.out;
-  ptx::barrier_sync(kBarrier, kStackConsumers);
+  ptx::barrier_sync(kStackJoining, kStackConsumers);
   if (lane > 0) return;
   for (int i = 1; i < min(kLanes, splits); ++i) {
     const float2 state = states[i * kVectors + column];

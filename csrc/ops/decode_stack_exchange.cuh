@@ -45,7 +45,10 @@ __device__ __forceinline__ void publish(T* to, float value) {
   store(to, *reinterpret_cast<const uint16_t*>(&rounded));
 }
 
-/// Between what a block takes back and what it hands on later: who sees that sees that this is gone.
+/// Between what a block takes back and what it hands on later: who sees that sees that this is gone. PTX
+/// would promise it if the same thread did both and the reader fenced too. What it rests on is how Hopper
+/// does it: these loads and stores go to the second-level cache, a thread that has fenced has had its stores
+/// acknowledged there, and a load behind a branch on a polled value is issued after that value came.
 __device__ __forceinline__ void settle() {
   asm volatile("fence.acq_rel.gpu;" ::: "memory");
 }

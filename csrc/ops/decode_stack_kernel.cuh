@@ -3,7 +3,7 @@
 // decode_stack: the blocks of one launch, one a multiprocessor and all of them there at once, walk through
 // the linears of all layers. In each, every warp multiplies its columns of x, which it holds in registers,
 // with those of all rows of the block, as few_row_linear_direct.cuh does; the sums of the warps are added up
-// in shared memory in a fixed order, and go to the other blocks by exchange.cuh.
+// in shared memory in a fixed order, and go to the other blocks by decode_stack_exchange.cuh.
 //
 // What has been handed on is taken back where every block has shown, by what it handed on since, that it has
 // read it: in o what qkv and down wrote, in gate_up what attention wrote, in down what o wrote, and in qkv
@@ -31,7 +31,7 @@ namespace stack {
 
 /// Where the warps that multiply have kept their sums, and so have read x; the keeper comes there too.
 __device__ __forceinline__ void meet() {
-  ptx::barrier_sync(1, kStackConsumers + 32);
+  ptx::barrier_sync(kStackMeeting, kStackConsumers + 32);
 }
 
 /// x * gamma must not leave the range of the type; half floats therefore carry a power of two less.
@@ -325,7 +325,8 @@ __device__ __forceinline__ void take_back(const StackParams& p, const StackShare
 
 /// What the keeper does. `unit`, `joined`: what this block has of attention and of joining its parts, or -1.
 template <class T, int kD>
-__device__ __forceinline__ void keep(const StackParams& p, int unit, int joined, const StackShare* shares) {
+__device__ __forceinline__ void run_keeper(const StackParams& p, int unit, int joined,
+                                           const StackShare* shares) {
 #pragma unroll 1
   for (int step = 0; step < 4 * p.layer_count; ++step) {
     const int kind = step % 4;
@@ -402,7 +403,7 @@ __global__ void __launch_bounds__(kStackThreads, 1)
   if (warp == kStackWarps) {
     Producer{p, shares, ring, ptx::shared_address(base), ptx::evict_first_policy(), lane}.run();
   } else if (warp == kStackKeeper) {
-    keep<T, kD>(p, unit, joined, shares);
+    run_keeper<T, kD>(p, unit, joined, shares);
   } else {
     consume<T, kD>(p, unit, joined, shared, Consumer<T>{p, shared, base, shares, ring, warp, lane});
   }

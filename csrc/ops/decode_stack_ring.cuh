@@ -18,7 +18,9 @@ inline constexpr int kStackWarps = 8;  // that multiply
 inline constexpr int kStackConsumers = 32 * kStackWarps;
 inline constexpr int kStackThreads =
     kStackConsumers + 64;  // with the warp that streams and the one that takes back
-inline constexpr int kStackKeeper = kStackWarps + 1;          // the latter
+inline constexpr int kStackKeeper = kStackWarps + 1;  // the latter
+/// Named barriers: of those that multiply and the keeper, of attention, of those that join its parts.
+inline constexpr int kStackMeeting = 1, kStackAttending = 2, kStackJoining = 3;
 inline constexpr int kStackSpan = 32 * kStackWarps;           // columns of one group of every warp
 inline constexpr int kStackGroups = 20;                       // groups of a warp whose x it holds at once
 inline constexpr int kStackPart = kStackGroups * kStackSpan;  // columns of x that the warps hold
@@ -34,7 +36,7 @@ struct StackLinear {
   int k, units;
   int pass_units;  // units whose sums are kept before they are added up; all where k is above kStackPart
   int has_norm;
-  const void* x;  // memory of exchange.cuh
+  const void* x;  // memory of decode_stack_exchange.cuh
   void* y;
 };
 

@@ -34,8 +34,9 @@ class FusedLinearCuda final : public CudaKernel<FusedLinear>, public HasDecodeTa
     const auto size = static_cast<int64_t>(dtype_size(dtype_));
     bucket_rows_ = x[0];
     columns_ = setup.outputs[0].dims[1] * (op_.swiglu ? 2 : 1);
-    if (op_.has_norm) norm_bytes_ = round_up(bucket_rows_ * x[1] * size, kAlignment);
-    if (op_.swiglu) product_bytes_ = round_up(bucket_rows_ * columns_ * size, kAlignment);
+    if (op_.has_norm) norm_bytes_ = static_cast<size_t>(round_up(bucket_rows_ * x[1] * size, kAlignment));
+    if (op_.swiglu)
+      product_bytes_ = static_cast<size_t>(round_up(bucket_rows_ * columns_ * size, kAlignment));
     FewRowLinear few{
         .dtype = dtype_, .rows = bucket_rows_, .k = x[1], .gamma = op_.has_norm ? this : nullptr};
     few.parts[0].n = columns_;

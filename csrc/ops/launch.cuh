@@ -5,11 +5,12 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <map>
 #include <mutex>
-#include <set>
 #include <type_traits>
 #include <utility>
 
+#include "core/check.h"
 #include "device/cuda_check.h"
 
 namespace modeltorch {
@@ -46,23 +47,35 @@ inline const CudaDevice& current_cuda_device() {
   return devices.of[device < kMaxDevices ? device : 0];
 }
 
-/// Kernels that allow_shared_memory has made ready, each on a device. Thread-safe.
+/// Kernels that allow_shared_memory has made ready, each on a device, and for how many bytes. Thread-safe. A
+/// device that is reset behind its back is not seen.
 class ReadyKernels {
  public:
   /// Runs `prepare` unless it has once succeeded for this kernel and the current device.
   template <class Prepare>
-  void once(const void* kernel, Prepare prepare) {
+  void once(const void* kernel, int bytes, Prepare prepare) {
     int device = 0;
     check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    if (is_ready({kernel, device}, bytes)) return;
+    prepare();  // outside the lock: it may load code, which may wait for the device
     const std::lock_guard lock(mutex_);
-    if (ready_.contains({kernel, device})) return;
-    prepare();
-    ready_.insert({kernel, device});
+    ready_[{kernel, device}] = bytes;
   }
 
  private:
+  using Key = std::pair<const void*, int>;
+
+  bool is_ready(const Key& key, int bytes) {
+    const std::lock_guard lock(mutex_);
+    const auto found = ready_.find(key);
+    if (found == ready_.end()) return false;
+    check(found->second == bytes, "a kernel was made ready for ", found->second,
+          " bytes of shared memory and is launched with ", bytes);
+    return true;
+  }
+
   std::mutex mutex_;
-  std::set<std::pair<const void*, int>> ready_;
+  std::map<Key, int> ready_;
 };
 
 inline ReadyKernels& ready_kernels() {
@@ -70,18 +83,20 @@ inline ReadyKernels& ready_kernels() {
   return kernels;
 }
 
-/// Lets `kernel` have up to `bytes` of dynamic shared memory, always the same number of a kernel, and gives
-/// shared memory all of the cache that it can have: kernels that divide it differently cannot share a
-/// multiprocessor, so that one that could begin before the other has ended would wait for an empty one.
+/// Lets `kernel` have up to `bytes` of dynamic shared memory, the same in every call, and gives shared memory
+/// all of the cache that it can have: kernels that divide it differently cannot share a multiprocessor, so
+/// that one that could begin before the other has ended would wait for an empty one. `large_clusters`: of
+/// more than eight blocks, on Hopper.
 template <class Kernel>
-void allow_shared_memory(Kernel kernel, int bytes) {
+void allow_shared_memory(Kernel kernel, int bytes, bool large_clusters = false) {
   // The driver takes longer over an attribute that is set already than a launch should.
-  ready_kernels().once(reinterpret_cast<const void*>(kernel), [&] {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-               "cudaFuncSetAttribute");
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                    cudaSharedmemCarveoutMaxShared),
-               "cudaFuncSetAttribute");
+  ready_kernels().once(reinterpret_cast<const void*>(kernel), bytes, [&] {
+    const auto set = [&](cudaFuncAttribute attribute, int value) {
+      check_cuda(cudaFuncSetAttribute(kernel, attribute, value), "cudaFuncSetAttribute");
+    };
+    set(cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    if (large_clusters) set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   });
 }
 

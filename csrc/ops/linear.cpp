@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/arithmetic.h"
 #include "core/gemm.h"
 #include "core/parallel.h"
 #include "ops/cpu_kernel.h"
@@ -54,7 +55,7 @@ template <class T>
 void run_small(const SmallLinear<T>& args, bool transposed) {
   const auto columns_of = transposed ? row_kernels<T>().linear_nk : row_kernels<T>().linear_kn;
   constexpr int64_t kColumnGroup = 64;
-  const int64_t groups = (args.n + kColumnGroup - 1) / kColumnGroup;
+  const int64_t groups = divide_up(args.n, kColumnGroup);
   parallel_for(groups, grain_for(kColumnGroup * args.m * args.k / 8), [&](int64_t begin, int64_t end) {
     columns_of(args, begin * kColumnGroup, std::min(args.n, end * kColumnGroup));
   });

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/arithmetic.h"
 #include "ops/cuda_kernel.cuh"
 #include "ops/launch.cuh"
 #include "ops/ptx.cuh"
@@ -92,7 +93,7 @@ void launch(const NormRows& args, cudaStream_t stream) {
   const bool aligned = packs_fit<T>(args.size, x, other, gamma, sum, y);
   const int64_t packs = args.size / kSize;
   const auto with = [&](auto kernel, int64_t items) {
-    const int64_t warps = (items + kWarpSize - 1) / kWarpSize;
+    const int64_t warps = divide_up(items, kWarpSize);
     const auto threads = static_cast<int>(std::min<int64_t>(warps * kWarpSize, kMostThreads));
     allow_shared_memory(kernel, 0);
     launch_kernel(kernel, {dim3(blocks), threads}, stream, "norm_rows", x, other, gamma, args.epsilon,

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/arithmetic.h"
 #include "ops/attention.h"
 #include "ops/panel_paged_attention.h"
 #include "ops/shape_check.h"
@@ -31,7 +32,7 @@ void PagedAttention::check_indices(const std::vector<TensorView>& inputs) const 
   const auto* lengths = inputs[4].as<int32_t>();
   check_range("seq_len", lengths, inputs[4].dims[0], 0, width * block_size + 1);
   for (int64_t sequence = 0; sequence < inputs[4].dims[0]; ++sequence) {
-    const int64_t used = (lengths[sequence] + block_size - 1) / block_size;
+    const int64_t used = divide_up(lengths[sequence], block_size);
     check_range("block_tables", inputs[3].as<int32_t>() + sequence * width, used, 0, inputs[1].dims[0]);
   }
 }

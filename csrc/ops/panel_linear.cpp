@@ -28,21 +28,29 @@ int64_t PanelLinear::groups() const {
   return divide_up(weight_->n, kGroupColumns);
 }
 
-PanelLinear::Cut PanelLinear::cut(int64_t rows) const {
+int64_t PanelLinear::most_block_rows() const {
   const PanelBlocking& blocking = panel_kernels()->blocking;
   const int64_t fitting = blocking.resident / weight_->k / kBlockStep * kBlockStep;
-  const int64_t most = std::clamp(fitting, blocking.least_rows, blocking.most_rows);
-  int64_t blocks = divide_up(rows, most);
+  return std::clamp(fitting, blocking.least_rows, blocking.most_rows);
+}
+
+// Of each of the blocks that `rows` are cut into, but for the last.
+int64_t PanelLinear::block_rows(int64_t rows) const {
+  int64_t blocks = divide_up(rows, most_block_rows());
   while (blocks * groups() < kPartsPerThread * threads_ && rows > 2 * kBlockStep * blocks) ++blocks;
-  const int64_t each = std::min(rows, divide_up(divide_up(rows, blocks), kBlockStep) * kBlockStep);
-  const bool is_streamed = each <= blocking.streamed_rows;
+  return std::min(rows, round_up(divide_up(rows, blocks), kBlockStep));
+}
+
+PanelLinear::Cut PanelLinear::cut(int64_t block_rows) const {
+  const PanelBlocking& blocking = panel_kernels()->blocking;
+  const bool is_streamed = block_rows <= blocking.streamed_rows;
   const int64_t summands = is_streamed ? blocking.streamed_summands : blocking.summands;
   // Sums in float32 between passes cost more than a block that is somewhat too large.
-  int64_t resident = blocking.resident / each / summands * summands;
+  int64_t resident = blocking.resident / block_rows / summands * summands;
   if (weight_->k <= 2 * resident || resident == 0) resident = weight_->k;
   const int64_t columns = groups() / threads_ * kGroupColumns;
   const bool has_tiles = !is_streamed && blocking.tiles_columns > 0 && columns >= blocking.tiles_columns;
-  return {each, divide_up(rows, each), resident, summands, is_streamed ? kStreamedGroups : 1, has_tiles};
+  return {block_rows, resident, summands, is_streamed ? kStreamedGroups : 1, has_tiles};
 }
 
 // Sums of the groups of a product, or of all if other columns come between the passes over one.
@@ -57,17 +65,16 @@ int64_t PanelLinear::tiles_per_thread(const Cut& cut) const {
   return cut.has_tiles ? divide_up(cut.rows, kTileRows) * kTileRows * cut.resident : 0;
 }
 
-size_t PanelLinear::scratch_bytes(int64_t rows) const {
-  if (rows <= kFewRows) return 0;
-  const Cut cut = this->cut(rows);
+size_t PanelLinear::scratch_bytes(const Cut& cut) const {
   return static_cast<size_t>(sums_per_thread(cut)) * sizeof(float) +
          static_cast<size_t>(tiles_per_thread(cut)) * sizeof(BFloat16);
 }
 
-// Fewer rows than there is room for may be cut into blocks that need more.
+// Blocks of fewer rows than there is room for may need more.
 size_t PanelLinear::workspace_bytes() const {
   size_t most = 0;
-  for (int64_t rows = rows_; rows > 0; --rows) most = std::max(most, scratch_bytes(rows));
+  for (int64_t rows = std::min(rows_, most_block_rows()); rows > kFewRows; --rows)
+    most = std::max(most, scratch_bytes(cut(rows)));
   return static_cast<size_t>(threads_) * most;
 }
 
@@ -81,9 +88,9 @@ void PanelLinear::run(const KernelArgs& args) {
       finish(product_of(part, args, 0, weight_->k), part, args);
     });
   }
-  const Cut cut = this->cut(rows);
+  const Cut cut = this->cut(block_rows(rows));
   const auto scratch_of = [&](int64_t thread) {
-    auto* at = static_cast<std::byte*>(args.workspace) + static_cast<size_t>(thread) * scratch_bytes(rows);
+    auto* at = static_cast<std::byte*>(args.workspace) + static_cast<size_t>(thread) * scratch_bytes(cut);
     auto* sums = reinterpret_cast<float*>(at);
     return Scratch{sums, reinterpret_cast<BFloat16*>(sums + sums_per_thread(cut))};
   };

@@ -26,7 +26,6 @@ class PanelLinear final : public Kernel {
   /// How a product is cut.
   struct Cut {
     int64_t rows = 0;        ///< of a block of x
-    int64_t blocks = 0;      ///< of rows
     int64_t resident = 0;    ///< summands of a block of x that stay in the cache over all columns
     int64_t summands = 0;    ///< of a product
     int64_t groups = 0;      ///< of columns, in a product
@@ -46,10 +45,12 @@ class PanelLinear final : public Kernel {
   };
 
   int64_t groups() const;
-  Cut cut(int64_t rows) const;
+  int64_t most_block_rows() const;
+  int64_t block_rows(int64_t rows) const;
+  Cut cut(int64_t block_rows) const;
   int64_t sums_per_thread(const Cut& cut) const;
   int64_t tiles_per_thread(const Cut& cut) const;
-  size_t scratch_bytes(int64_t rows) const;
+  size_t scratch_bytes(const Cut& cut) const;
   PanelProduct product_of(const Part& part, const KernelArgs& args, int64_t from, int64_t k) const;
   void finish(const PanelProduct& product, const Part& part, const KernelArgs& args) const;
   void copy_tiles(const Part& part, const KernelArgs& args, int64_t from, int64_t k, BFloat16* tiles) const;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/arithmetic.h"
 #include "core/parallel.h"
 #include "ops/cpu_kernel.h"
 
@@ -101,7 +102,7 @@ void pack_panels(const std::vector<LinearPart>& parts, PanelOrder order,
                  const std::vector<TensorView>& replaced, std::byte* out) {
   const PanelParts whole(parts, replaced);
   auto* panels = reinterpret_cast<BFloat16*>(out);
-  const int64_t count = (whole.n + kPanelRows - 1) / kPanelRows;
+  const int64_t count = divide_up(whole.n, kPanelRows);
   const bool is_gated = whole.is_gated(order);
   parallel_for(count, grain_for(kPanelRows * whole.k / 8), [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {

@@ -69,7 +69,7 @@ void PanelPagedAttention::run(const KernelArgs& args) {
       for (int64_t item = 0; item < tasks * parts; ++item) {
         const int64_t task = item / parts;
         const int64_t length = lengths[task / shape_.kv_heads];
-        const int64_t each = (length + parts - 1) / parts;
+        const int64_t each = divide_up(length, parts);
         const int64_t first = std::min(length, item % parts * each);
         const int64_t last = std::min(length, first + each);
         // By the middle of its keys: equal shares end between tasks, or nearly there.
@@ -122,7 +122,7 @@ void PanelPagedAttention::attend(const KernelArgs& args, int64_t task, int64_t f
         for (int64_t i = 0; i < d; i += kLine) __builtin_prefetch(value + i);
       }
     });
-    const int64_t padded = (to - from + kPanelRows - 1) / kPanelRows * kPanelRows;
+    const int64_t padded = round_up(to - from, kPanelRows);
     each_run(from, to, [&](int64_t at, int64_t offset, int64_t count) {
       kernels.score_keys(queries, group, d, args.in(1).as<BFloat16>() + at, stride, count, scores + offset,
                          kChunk);

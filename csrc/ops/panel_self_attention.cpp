@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/arithmetic.h"
 #include "core/parallel.h"
 
 namespace modeltorch {
@@ -13,14 +14,10 @@ constexpr int64_t kChunk = 128;      // keys of a pass, a multiple of kTogether
 constexpr int64_t kTogether = 32;    // keys and values are filled up to a multiple of it: what a tile sums
 constexpr int64_t kRowsOfTile = 16;  // rows of a block are multiplied as whole tiles
 
-int64_t whole(int64_t count, int64_t unit) {
-  return (count + unit - 1) / unit * unit;
-}
-
 }  // namespace
 
 int64_t PanelSelfAttention::padded(int64_t length) {
-  return whole(length, kTogether);
+  return round_up(length, kTogether);
 }
 
 // What one thread needs for a block of `rows` query rows, filled up to whole tiles.
@@ -34,7 +31,7 @@ struct PanelSelfAttention::Scratch {
 
   static size_t bytes(int64_t rows, int64_t d) {
     const int64_t total = rows * ((d + kChunk) * 2 + (d + kChunk + 2) * 4);
-    return static_cast<size_t>((total + 63) / 64 * 64);
+    return static_cast<size_t>(round_up(total, 64));
   }
 
   Scratch(char* memory, int64_t rows, int64_t d) {
@@ -54,13 +51,13 @@ PanelSelfAttention::PanelSelfAttention(const AttentionShape& shape, int64_t toke
       threads_(pool_width()) {}
 
 int64_t PanelSelfAttention::block_rows() const {
-  return whole(queries_per_block_ * shape_.group(), kRowsOfTile);
+  return round_up(queries_per_block_ * shape_.group(), kRowsOfTile);
 }
 
 size_t PanelSelfAttention::workspace_bytes() const {
   const int64_t packed = 2 * padded_tokens_ * shape_.kv_heads * shape_.head_size * 2;
   const size_t scratch = Scratch::bytes(block_rows(), shape_.head_size);
-  return static_cast<size_t>((packed + 63) / 64 * 64) + static_cast<size_t>(threads_) * scratch;
+  return static_cast<size_t>(round_up(packed, 64)) + static_cast<size_t>(threads_) * scratch;
 }
 
 // Packed keys of all sequences come first, then values; a sequence's heads lie one after the other.
@@ -111,7 +108,7 @@ void PanelSelfAttention::run(const KernelArgs& args) {
   const int64_t sequences = args.in(3).dims[0];
   const int64_t d = shape_.head_size;
   char* scratch =
-      static_cast<char*>(args.workspace) + (2 * padded_tokens_ * shape_.kv_heads * d * 2 + 63) / 64 * 64;
+      static_cast<char*>(args.workspace) + round_up(2 * padded_tokens_ * shape_.kv_heads * d * 2, 64);
   const size_t scratch_bytes = Scratch::bytes(block_rows(), d);
   parallel_for(threads_, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
@@ -143,7 +140,7 @@ void PanelSelfAttention::attend(const KernelArgs& args, const QueryBlock& block,
   const int64_t d = shape_.head_size;
   const int64_t group = shape_.group();
   const int64_t rows = block.queries * group;
-  const int64_t tile_rows = whole(rows, kRowsOfTile);
+  const int64_t tile_rows = round_up(rows, kRowsOfTile);
   const Scratch scratch(memory, tile_rows, d);
   const auto offset = [&](int64_t row) {
     const int64_t token = block.first_token + row / group;

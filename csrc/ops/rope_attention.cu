@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/arithmetic.h"
 #include "device/cuda_layers.h"
 #include "ops/cuda_kernel.cuh"
 #include "ops/decode_attention.h"
@@ -78,8 +79,7 @@ __global__ void __launch_bounds__(kMostThreads)
 
 // Of a block that has so many items to go through.
 int threads_for(int64_t items) {
-  return static_cast<int>(
-      std::clamp<int64_t>((items + kWarpSize - 1) / kWarpSize * kWarpSize, kWarpSize, kMostThreads));
+  return static_cast<int>(std::clamp<int64_t>(round_up(items, kWarpSize), kWarpSize, kMostThreads));
 }
 
 class RopeAttentionCuda final : public CudaKernel<RopeAttention>, public HasDecodeTask {

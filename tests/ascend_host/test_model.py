@@ -107,9 +107,10 @@ def test_a_step_uses_these_vendor_operations():
         "Concat": 0,
     }
     assert count("setups") - setups == sum(used.values()) + layers  # and an activation each
-    before = count("ConcatOperation")
-    runner.prefill([[1, 2, 3]])
-    assert count("ConcatOperation") - before == 3 * layers  # q, k, v take two, gate and up one
+    before = {name: count(f"{name}Operation") for name in ("Concat", "Gather")}
+    runner.prefill([[1, 2, 3]], [2])
+    assert count("ConcatOperation") - before["Concat"] == 3 * layers  # q, k, v take two, gate and up one
+    assert count("GatherOperation") - before["Gather"] == 5  # embedding, cos, sin; rows of attention and of hidden
 
 
 def test_the_object_runs_inside_a_script():
