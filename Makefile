@@ -61,7 +61,8 @@ ARCH_sm_90a := arch=compute_90a,code=sm_90a
 kernels:  ## compile every CUDA kernel where nvcc is present; they run only on a machine with a GPU
 	@if ! command -v nvcc >/dev/null; then echo "no nvcc here: CUDA kernels were not compiled"; \
 	else $(MAKE) --no-print-directory -j2 $(KERNEL_OBJECTS) && \
-	echo "compiled $(words $(KERNELS)) CUDA files for $(KERNEL_TARGETS) and as PTX; THEY WERE NOT RUN: tools/gpu_check.sh does that"; fi
+	echo "compiled $(words $(KERNELS)) CUDA files for $(KERNEL_TARGETS) and as PTX;" \
+	    "THEY WERE NOT RUN: tools/gpu_check.sh does that"; fi
 
 # nvcc's own list of what a file includes decides what is compiled again.
 define kernel_rule

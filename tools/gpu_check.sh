@@ -3,11 +3,11 @@
 #
 #   PYTHON=python3 tools/gpu_check.sh [build] [test] [bench] [sanitize] [plot]     default: all but plot, in this order
 #
-# Needs torch for CUDA, its nvcc, ninja, nlohmann-json and the extra [test]; plot needs the extra [plot] too. Figures are
-# appended to benchmarks/results/<card>.jsonl, each with the card's name, driver, torch and commit, and README's table is
-# made from that file; plot draws the nodes of some steps into build/pictures. JOBS compilers and test processes run at
-# once; SHAPES names the models that are measured. Where the sources came without their history, MODELTORCH_COMMIT
-# says what they are.
+# Needs torch for CUDA, its nvcc, ninja, nlohmann-json and the extra [test]; plot needs the extra [plot] too. Figures
+# are appended to benchmarks/results/<card>.jsonl, each with the card's name, driver, torch and commit, and README's
+# table is made from that file; plot draws the nodes of some steps into build/pictures. JOBS compilers and test
+# processes run at once; SHAPES names the models that are measured. Where the sources came without their history,
+# MODELTORCH_COMMIT says what they are.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -49,7 +49,8 @@ sanitize() {
   done
   for tool in "${running[@]}"; do
     wait "${tool#*:}" || failed=1
-    echo "== compute-sanitizer ${tool%:*}: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$logs/${tool%:*}" || tail -3 "$logs/${tool%:*}")"
+    local log=$logs/${tool%:*}
+    echo "== compute-sanitizer ${tool%:*}: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$log" || tail -3 "$log")"
   done
   [ $failed = 0 ] || { cat "$logs"/*; return 1; }
 }
