@@ -82,7 +82,7 @@ CudaSession::CudaSession(Device device) : DeviceSession(device) {}
 
 CudaSession::~CudaSession() {
   // Kernels under way may still write to the fault flags.
-  if (has_stream_) cudaStreamSynchronize(stream_);
+  for (const cudaStream_t used : used_) cudaStreamSynchronize(used);
   if (switched_ != nullptr) cudaEventDestroy(switched_);
   if (capture_stream_ != nullptr) cudaStreamDestroy(capture_stream_);
 }
@@ -106,17 +106,26 @@ bool CudaSession::is_capturing(cudaStream_t stream) const {
 }
 
 void CudaSession::follow_current_stream() {
-  const cudaStream_t current = cuda_host().current_stream(device().index);
-  // What a caller captures must not wait for what was launched outside of the capture.
-  if (has_stream_ && current != stream_ && !is_capturing(current) && !is_capturing(stream_)) {
-    if (switched_ == nullptr)
-      check_cuda(cudaEventCreateWithFlags(&switched_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
-    check_cuda(cudaEventRecord(switched_, stream_), "cudaEventRecord");
-    check_cuda(cudaStreamWaitEvent(current, switched_, 0), "cudaStreamWaitEvent");
-    if (output_) output_->use_on_current_stream();
+  stream_ = cuda_host().current_stream(device().index);
+  // What a caller captures must not wait for what was launched outside of the capture. What comes later must
+  // wait for both.
+  if (!is_capturing(stream_)) {
+    std::erase_if(used_, [&](cudaStream_t used) {
+      if (used == stream_) return true;
+      if (is_capturing(used)) return false;
+      wait_for(used);
+      return true;
+    });
   }
-  stream_ = current;
-  has_stream_ = true;
+  if (std::find(used_.begin(), used_.end(), stream_) == used_.end()) used_.push_back(stream_);
+}
+
+void CudaSession::wait_for(cudaStream_t other) {
+  if (switched_ == nullptr)
+    check_cuda(cudaEventCreateWithFlags(&switched_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+  check_cuda(cudaEventRecord(switched_, other), "cudaEventRecord");
+  check_cuda(cudaStreamWaitEvent(stream_, switched_, 0), "cudaStreamWaitEvent");
+  if (output_) output_->use_on_current_stream();
 }
 
 void CudaSession::run_nodes(Plan& plan, const StepInfo& step, size_t begin, size_t end, cudaStream_t stream) {

@@ -115,6 +115,7 @@ class CudaSession final : public DeviceSession {
   };
 
   void follow_current_stream();
+  void wait_for(cudaStream_t other);
   bool is_capturing(cudaStream_t stream) const;
   size_t measure(std::span<const Way> ways, cudaStream_t stream);
   void run_nodes(Plan& plan, const StepInfo& step, size_t begin, size_t end, cudaStream_t stream);
@@ -129,7 +130,7 @@ class CudaSession final : public DeviceSession {
   CudaFaults faults_;
   CudaGemm gemm_;
   cudaStream_t stream_ = nullptr;
-  bool has_stream_ = false;
+  std::vector<cudaStream_t> used_;  ///< that a step on another stream waits for
   cudaEvent_t switched_ = nullptr;
   cudaStream_t capture_stream_ = nullptr;
   CudaMemoryPtr
