@@ -1,6 +1,6 @@
-// Panels without bfloat16 products: pairs are widened to floats as they are read, 3 rows by 2 panels at a
-// time with all sums in registers. A weight is widened once for three rows, and memory gives half the bytes
-// that floats would take.
+// Panels without bfloat16 products: pairs are widened to floats as they are read, 5 rows by a panel at a time
+// with all sums in registers. A weight is widened once for five rows, and memory gives half the bytes that
+// floats would take. The rows of a tile are widened once for all panels.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -18,9 +18,10 @@ namespace {
 
 #include "ops/vec.h"
 
-constexpr int64_t kTileRows = 3;
-constexpr int64_t kTilePanels = 2;
+constexpr int64_t kTileRows = 5;
+constexpr int64_t kWideSummands = 5120;                 // of a tile's rows that are floats at a time
 constexpr int64_t kRowPanels = 4;                       // of one row at a time
+constexpr int64_t kPassPanels = 4;                      // that all rows pass before the next ones
 constexpr int64_t kVecs = kPanelRows / kLanes;          // of a panel
 constexpr int64_t kPrefetchElements = 32 * kPanelRows;  // how far ahead weights are asked of the memory
 
@@ -51,29 +52,51 @@ Pairs spread_pair(const BFloat16* p) {
   return Pairs(word - VecBits{});
 }
 
-// R rows of a against P panels, all sums in registers.
-template <int64_t R, int64_t P>
-inline void multiply_tile(const PanelProduct& product, int64_t row, int64_t panel, Vec (&acc)[R][P * kVecs]) {
-  const BFloat16* a = product.a + row * product.a_stride;
-  const BFloat16* w = product.panels + panel * product.panel_stride;
-  for (int64_t k = 0; k < product.k; k += 2) {
-    Vec even[R], odd[R];
-    for (int64_t r = 0; r < R; ++r) {
-      const Pairs pair = spread_pair(a + r * product.a_stride + k);
-      even[r] = pair.even;
-      odd[r] = pair.odd;
+// Rows of a as floats, so that a value reaches all lanes by a load alone; 100 KiB of the thread's stack.
+struct WideRows {
+  alignas(32) float values[kTileRows * kWideSummands];
+
+  // Summands [from, from + count) of `rows` rows from `row` on.
+  void fill(const PanelProduct& product, int64_t row, int64_t rows, int64_t from, int64_t count) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const BFloat16* a = product.a + (row + r) * product.a_stride + from;
+      float* to = values + r * kWideSummands;
+      int64_t k = 0;
+      for (; k + kLanes <= count; k += kLanes) store(to + k, load(a + k));
+      for (; k < count; ++k) to[k] = static_cast<float>(a[k]);
     }
-    for (int64_t p = 0; p < P; ++p) {
-      const BFloat16* pairs = w + p * product.panel_stride + k * kPanelRows;
-      if (row == 0) __builtin_prefetch(pairs + kPrefetchElements);
+  }
+};
+
+// R wide rows against summands [from, from + count) of a panel, all sums in registers.
+template <int64_t R>
+inline void multiply_tile(const PanelProduct& product, const WideRows& wide, bool is_first, int64_t panel,
+                          int64_t from, int64_t count, Vec (&acc)[R][kVecs]) {
+  const BFloat16* w = product.panels + panel * product.panel_stride + from * kPanelRows;
+  Vec sums[R][kVecs];  // apart from acc, which the compiler would keep in memory
+  for (int64_t r = 0; r < R; ++r) {
+    for (int64_t v = 0; v < kVecs; ++v) sums[r][v] = acc[r][v];
+  }
+  for (int64_t k = 0; k < count; k += 2, w += 2 * kPanelRows) {
+    if (is_first) __builtin_prefetch(w + kPrefetchElements);
+    // One half of the pairs after the other: fewer values at a time, so that registers suffice.
+#pragma GCC unroll 2
+    for (int64_t half = 0; half < 2; ++half) {
+      Vec weights[kVecs];
       for (int64_t v = 0; v < kVecs; ++v) {
-        const Pairs weights = load_pairs(pairs + 2 * v * kLanes);
-        for (int64_t r = 0; r < R; ++r) {
-          Vec& sum = acc[r][p * kVecs + v];
-          sum = add_product(add_product(sum, weights.even, even[r]), weights.odd, odd[r]);
-        }
+        const Pairs pairs = load_pairs(w + 2 * v * kLanes);
+        weights[v] = half == 0 ? pairs.even : pairs.odd;
+      }
+      for (int64_t r = 0; r < R; ++r) {
+        // By name: what the compiler makes of a float in all lanes needs a register more.
+        const auto value =
+            reinterpret_cast<Vec>(_mm256_broadcast_ss(wide.values + r * kWideSummands + k + half));
+        for (int64_t v = 0; v < kVecs; ++v) sums[r][v] = add_product(sums[r][v], weights[v], value);
       }
     }
+  }
+  for (int64_t r = 0; r < R; ++r) {
+    for (int64_t v = 0; v < kVecs; ++v) acc[r][v] = sums[r][v];
   }
 }
 
@@ -149,31 +172,83 @@ struct SwiGluSink {
   }
 };
 
-template <int64_t R, int64_t P, class Sink>
-inline void run_tile(const PanelProduct& product, const Sink& sink, int64_t row, int64_t panel) {
-  Vec acc[R][P * kVecs];
-  load_sums<R, P>(product, row, panel, acc);
-  multiply_tile<R, P>(product, row, panel, acc);
-  sink.template finish<R, P>(product, row, panel, acc);
+// One row, whose pairs are spread as they are read: it waits for memory alone.
+template <int64_t P, class Sink>
+inline void run_row(const PanelProduct& product, const Sink& sink, int64_t panel) {
+  Vec acc[1][P * kVecs];
+  load_sums<1, P>(product, 0, panel, acc);
+  const BFloat16* w = product.panels + panel * product.panel_stride;
+  for (int64_t k = 0; k < product.k; k += 2) {
+    const Pairs values = spread_pair(product.a + k);
+    for (int64_t p = 0; p < P; ++p) {
+      const BFloat16* pairs = w + p * product.panel_stride + k * kPanelRows;
+      __builtin_prefetch(pairs + kPrefetchElements);
+      for (int64_t v = 0; v < kVecs; ++v) {
+        const Pairs weights = load_pairs(pairs + 2 * v * kLanes);
+        Vec& sum = acc[0][p * kVecs + v];
+        sum = add_product(add_product(sum, weights.even, values.even), weights.odd, values.odd);
+      }
+    }
+  }
+  sink.template finish<1, P>(product, 0, panel, acc);
 }
 
-template <int64_t P, class Sink>
-inline void run_panels(const PanelProduct& product, const Sink& sink, int64_t panel) {
-  int64_t row = 0;
-  for (; row + kTileRows <= product.m; row += kTileRows) run_tile<kTileRows, P>(product, sink, row, panel);
-  if (product.m - row == 2) run_tile<2, P>(product, sink, row, panel);
-  if (product.m - row == 1) run_tile<1, P>(product, sink, row, panel);
+// R rows from `row` on and panels [begin, end), as many at a time as the sink needs together.
+template <int64_t R, class Sink>
+inline void run_rows(const PanelProduct& product, const Sink& sink, int64_t row, int64_t begin, int64_t end,
+                     WideRows& wide) {
+  constexpr int64_t kStep = Sink::kStep;
+  const bool is_whole = product.k <= kWideSummands;
+  if (is_whole) wide.fill(product, row, R, 0, product.k);
+  for (int64_t panel = begin; panel < end; panel += kStep) {
+    Vec acc[R][kStep * kVecs];
+    for (int64_t part = 0; part < kStep; ++part) {
+      Vec sums[R][kVecs];
+      load_sums<R, 1>(product, row, panel + part, sums);
+      for (int64_t from = 0; from < product.k; from += kWideSummands) {
+        const int64_t left = product.k - from, count = left < kWideSummands ? left : kWideSummands;
+        if (!is_whole) wide.fill(product, row, R, from, count);
+        multiply_tile<R>(product, wide, row == 0, panel + part, from, count, sums);
+      }
+      for (int64_t r = 0; r < R; ++r) {
+        for (int64_t v = 0; v < kVecs; ++v) acc[r][part * kVecs + v] = sums[r][v];
+      }
+    }
+    sink.template finish<R, kStep>(product, row, panel, acc);
+  }
+}
+
+// The same for as many rows as there are, at most R.
+template <int64_t R, class Sink>
+inline void run_tile(const PanelProduct& product, const Sink& sink, int64_t row, int64_t rows, int64_t begin,
+                     int64_t end, WideRows& wide) {
+  if constexpr (R > 0) {
+    if (rows == R) return run_rows<R>(product, sink, row, begin, end, wide);
+    run_tile<R - 1>(product, sink, row, rows, begin, end, wide);
+  }
 }
 
 template <class Sink>
 inline void run_product(const PanelProduct& product, const Sink& sink) {
   const int64_t panels = (product.n + kPanelRows - 1) / kPanelRows;
-  int64_t panel = 0;
-  // One row waits for memory alone, which answers more streams faster.
-  for (; product.m == 1 && panel + kRowPanels <= panels; panel += kRowPanels)
-    run_tile<1, kRowPanels>(product, sink, 0, panel);
-  for (; panel + kTilePanels <= panels; panel += kTilePanels) run_panels<kTilePanels>(product, sink, panel);
-  for (; panel < panels; panel += Sink::kStep) run_panels<Sink::kStep>(product, sink, panel);
+  if (product.m == 1) {
+    int64_t panel = 0;
+    // Memory answers more streams faster.
+    for (; panel + kRowPanels <= panels; panel += kRowPanels) run_row<kRowPanels>(product, sink, panel);
+    for (; panel < panels; panel += Sink::kStep) run_row<Sink::kStep>(product, sink, panel);
+    return;
+  }
+  WideRows wide;
+  const int64_t tiles = (product.m + kTileRows - 1) / kTileRows;
+  // Some panels with all rows, then the next ones, so that they come from memory once.
+  for (int64_t panel = 0; panel < panels; panel += kPassPanels) {
+    const int64_t end = panels - panel < kPassPanels ? panels : panel + kPassPanels;
+    // Tiles of nearly equal height: one of a single row would use few of the registers.
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t row = product.m * tile / tiles;
+      run_tile<kTileRows>(product, sink, row, product.m * (tile + 1) / tiles - row, panel, end, wide);
+    }
+  }
 }
 
 void to_float(const PanelProduct& product, float* out, int64_t out_stride) {
