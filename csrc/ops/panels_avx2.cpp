@@ -372,7 +372,7 @@ void weigh_values(const BFloat16* weights, int64_t weights_stride, int64_t rows,
 
 }  // namespace
 
-// A block of rows stays in a second-level cache of 512 KiB beside two panels.
+// A block of rows stays in a second-level cache of 512 KiB beside the panels that pass.
 extern const PanelKernels kPanelKernels = {
     {.least_rows = 96, .most_rows = 192, .resident = 192 * 896, .summands = 5120},
     to_float,
